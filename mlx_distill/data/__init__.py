@@ -1,0 +1,1 @@
+"""Rows: from files, folders, the Hub and the embedded corpora to batches of tokens."""

@@ -1,0 +1,114 @@
+"""From encoded rows to batches: the one place that shifts, pads, masks and orders.
+
+Behind `make_batch`, tokens, labels and `counted` have one shape, and nobody shifts again.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_distill.keys import generator
+
+PAD_TO = 32  # widths are multiples of this: few shapes, so few traces of a compiled step
+
+
+class Encoded(NamedTuple):
+    """A row as token ids."""
+
+    tokens: list[int]  # prompt and completion together
+    start: int  # index of the first counted token, >= 1
+
+
+class Batch(NamedTuple):
+    """What models read and losses count, all (B, T)."""
+
+    tokens: mx.array  # int32
+    labels: mx.array  # int32, labels[:, t] follows tokens[:, t]
+    counted: mx.array  # bool, True where the label belongs to a completion
+
+
+def make_batch(rows: Sequence[Encoded], pad_to: int = PAD_TO) -> Batch:
+    """Shift, pad and mask. Padding is known by its place, never by its token id.
+
+    Args:
+        rows: at least one, each of two tokens or more.
+        pad_to: the width is rounded up to a multiple of this.
+    """
+    width = _width(max(len(row.tokens) for row in rows), pad_to)
+    padded = np.zeros((len(rows), width + 1), dtype=np.int32)
+    for place, row in enumerate(rows):
+        padded[place, : len(row.tokens)] = row.tokens
+    index = np.arange(1, width + 1)[None]  # place in its row of each label
+    starts = np.array([row.start for row in rows])[:, None]
+    ends = np.array([len(row.tokens) for row in rows])[:, None]
+    counted = (index >= starts) & (index < ends)
+    return Batch(mx.array(padded[:, :-1]), mx.array(padded[:, 1:]), mx.array(counted))
+
+
+class Batches:
+    """An endless, indexable sequence of batches of about `batch_tokens` tokens each.
+
+    Batch i is a function of the rows, the seed and i alone, so a resumed run needs no more than i.
+    Within an epoch each row comes once; rows of like length share a batch. What is left over in a
+    width joins the next wider one, and the last batch is filled up with rows drawn again, so that
+    every step is of full size and each width has one shape.
+    """
+
+    def __init__(self, rows: Sequence[Encoded], batch_tokens: int, seed: int, purpose: str = "order"):
+        if not rows:
+            raise ValueError("no rows to make batches of")
+        self.rows, self.batch_tokens, self.seed, self.purpose = rows, batch_tokens, seed, purpose
+        self._epoch = -1
+        self._order: list[tuple[int, list[int]]] = []
+        self.per_epoch = len(self._plan(0))
+
+    def __getitem__(self, index: int) -> Batch:
+        epoch, place = divmod(index, self.per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._plan(epoch)
+        width, indices = self._order[place]
+        return make_batch([self.rows[i] for i in indices], pad_to=width)
+
+    def _plan(self, epoch: int) -> list[tuple[int, list[int]]]:
+        """Width and indices into `rows` of each batch of an epoch."""
+        random = generator(self.seed, self.purpose, epoch)
+        by_width: dict[int, list[int]] = defaultdict(list)
+        for i in random.permutation(len(self.rows)).tolist():
+            by_width[_width(len(self.rows[i].tokens), PAD_TO)].append(i)
+        batches: list[tuple[int, list[int]]] = []
+        left: list[int] = []
+        for width in sorted(by_width):
+            pool, size = left + by_width[width], self.size(width)
+            full = len(pool) - len(pool) % size
+            batches += [(width, pool[at : at + size]) for at in range(0, full, size)]
+            left = pool[full:]
+        if left:
+            widest = max(by_width)
+            missing = self.size(widest) - len(left)
+            batches.append((widest, left + random.integers(len(self.rows), size=missing).tolist()))
+        return [batches[i] for i in random.permutation(len(batches)).tolist()]
+
+    def size(self, width: int) -> int:
+        """Rows in a batch of this width: at least one, however long it is."""
+        return max(1, self.batch_tokens // width)
+
+
+def in_order(rows: Sequence[Encoded], batch_tokens: int) -> list[list[int]]:
+    """Indices of rows in batches for evaluation: every row once, by length, no row drawn again."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
+    batches: list[list[int]] = []
+    for i in order:
+        width = _width(len(rows[i].tokens), PAD_TO)
+        if batches and (len(batches[-1]) + 1) * width <= batch_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def _width(length: int, pad_to: int) -> int:
+    """Width of a batch for a row of `length` tokens; the last token is a label only."""
+    return pad_to * -(-(length - 1) // pad_to)

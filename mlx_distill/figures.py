@@ -1,0 +1,219 @@
+"""The figures of a report, as SVG text that stands in the page itself.
+
+Colours are named by the page (`var(--c0)` ...), so one figure reads on light and on dark, and no text is
+turned into paths, so it has the page's font. matplotlib is an extra: each function raises `MissingExtra`
+without it.
+"""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from mlx_distill.errors import MissingExtra
+
+# matplotlib knows no CSS variables: it draws in stand-in colours, which are replaced in its SVG.
+_INK, _FAINT, _LINE = "#0000fa", "#0000fb", "#0000fc"
+_STAND_INS = {_INK: "currentColor", _FAINT: "var(--faint)", _LINE: "var(--line)"}
+_STAND_INS |= {f"#0001{index:02x}": f"var(--c{index})" for index in range(8)}
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "text.color": _INK,
+    "text.parse_math": False,  # a `$` in a name is a dollar
+    "axes.edgecolor": _LINE,
+    "axes.labelcolor": _FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": _LINE,
+    "grid.linewidth": 0.6,
+    "xtick.color": _LINE,
+    "ytick.color": _LINE,
+    "xtick.labelcolor": _FAINT,
+    "ytick.labelcolor": _FAINT,
+}
+
+
+class Curve(NamedTuple):
+    """One line of a figure."""
+
+    label: str
+    color: int  # 0 to 7, the page's `--c0` to `--c7`
+    steps: Sequence[float]
+    values: Sequence[float]
+    dashed: bool = False
+
+
+class Point(NamedTuple):
+    """One model: how big, how good, and the standard error of the latter."""
+
+    label: str
+    color: int
+    size: float
+    quality: float
+    stderr: float = 0.0
+
+
+def curves(name: str, lines: Sequence[Curve]) -> str:
+    """Values over steps, as SVG. The scale is logarithmic where they span more than a factor of 30.
+
+    Args:
+        name: makes the ids inside the SVG its own; several figures share a page.
+    """
+    with _style():
+        return _curves(name, lines)
+
+
+def sizes(name: str, points: Sequence[Point], quality: str, size: str) -> str:
+    """Quality over size on a logarithmic scale, each point labelled, as SVG.
+
+    Args:
+        quality: title of the upright axis. size: title of the level one.
+    """
+    with _style():
+        return _sizes(name, points, quality, size)
+
+
+def _style() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise MissingExtra("figures need matplotlib: pip install 'mlx-distill[report]'") from None
+    return matplotlib.rc_context(_STYLE)
+
+
+def _curves(name: str, lines: Sequence[Curve]) -> str:
+    figure, axes = _axes()
+    values = [value for line in lines for value in line.values]
+    if values and min(values) > 0 and max(values) > 30 * min(values):
+        axes.set_yscale("log")
+        _plain_ticks(axes.yaxis, log=True)
+    for line in lines:
+        style = (0, (3, 2)) if line.dashed else "solid"
+        marker = "o" if len(line.steps) < 12 else ""
+        axes.plot(
+            line.steps,
+            line.values,
+            color=_color(line.color),
+            linestyle=style,
+            linewidth=1.6,
+            marker=marker,
+            markersize=3.5,
+        )
+    axes.set_xlabel("step")
+    _plain_ticks(axes.xaxis)
+    return _svg(figure, name)
+
+
+def _sizes(name: str, points: Sequence[Point], quality: str, size: str) -> str:
+    figure, axes = _axes()
+    axes.set_xscale("log")
+    smallest, largest = min(point.size for point in points), max(point.size for point in points)
+    margin = max(1.5, (largest / smallest) ** 0.15)
+    axes.set_xlim(smallest / margin, largest * margin)
+    _plain_ticks(axes.xaxis, log=True)
+    for point in points:
+        axes.errorbar(
+            [point.size],
+            [point.quality],
+            yerr=[point.stderr] if point.stderr else None,
+            color=_color(point.color),
+            fmt="o",
+            markersize=7,
+            elinewidth=1.2,
+        )
+    axes.margins(y=0.15)
+    axes.set_xlabel(size)
+    axes.set_ylabel(quality)
+    _label(figure, axes, points)
+    return _svg(figure, name)
+
+
+def _axes() -> tuple[Any, Any]:
+    """A figure as wide as a phone's page, outside pyplot's global list of figures."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.1), layout="constrained")
+    FigureCanvasAgg(figure)  # measures text; attaches itself
+    axes = figure.add_subplot()
+    axes.tick_params(length=3)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _label(figure: Any, axes: Any, points: Sequence[Point]) -> None:
+    """Write each name beside its point, on the first side where it covers nothing."""
+    figure.draw_without_rendering()
+    scale = figure.dpi / 72
+    frame = axes.get_window_extent()
+    taken = []
+    for point in points:
+        x, y = axes.transData.transform((point.size, point.quality))
+        taken.append((x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale))
+    for point in sorted(points, key=lambda point: -point.quality):
+        sides = [(9, 0, "left"), (-9, 0, "right"), (0, 13, "center"), (0, -13, "center")]
+        sides += [(9, -11, "left"), (-9, -11, "right"), (9, 11, "left"), (-9, 11, "right")]
+        for place, (right, up, align) in enumerate(sides):
+            text = axes.annotate(
+                point.label,
+                (point.size, point.quality),
+                (right, up),
+                textcoords="offset points",
+                ha=align,
+                va="center",
+                color=_INK,
+                annotation_clip=False,
+            )
+            # The layout must not make room for a name, or the points would move under it.
+            text.set_in_layout(False)
+            box = text.get_window_extent(figure.canvas.get_renderer())
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 + 8 and frame.y0 <= box.y0 and box.y1 <= frame.y1 + 8
+            free = all(box.x1 < a or box.x0 > c or box.y1 < b or box.y0 > d for a, b, c, d in taken)
+            if (inside and free) or place == len(sides) - 1:
+                taken.append((box.x0, box.y0, box.x1, box.y1))
+                break
+            text.remove()
+
+
+def _plain_ticks(axis: Any, log: bool = False) -> None:
+    """Ticks as people write numbers: 0.05, 20, 1,000; never 10 to a power."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    if log:
+        low, high = axis.get_view_interval()
+        wide = low > 0 and math.log10(high / low) > 2.5
+        axis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
+        axis.set_minor_locator(NullLocator())
+    else:
+        axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+
+
+def _color(index: int) -> str:
+    return f"#0001{index % 8:02x}"
+
+
+def _svg(figure: Any, name: str) -> str:
+    """The figure as an <svg> element: its own ids, the page's colours, no date and no outside link."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r' id="([^"]*)"', rf' id="{name}-\1"', svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\1{name}-", svg)
+    svg = re.sub(r" font-family: [^;]*;", "", svg)
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
+    for stand_in, color in _STAND_INS.items():
+        svg = svg.replace(stand_in, color)
+    # Sized by the page. The namespace of links is no longer needed where HTML holds the SVG.
+    svg = re.sub(r'^<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', svg, count=1)
+    return svg.replace("xlink:href", "href")

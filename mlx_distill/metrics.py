@@ -1,0 +1,125 @@
+"""The metrics of `evaluation.json`: their order, units, better direction, and how they are written.
+
+One place, so that the report, the verdict and the command line write a number alike.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+Models = Mapping[str, Mapping[str, Any]]  # `models` of evaluation.json: model -> metric -> value
+
+
+class Metric(NamedTuple):
+    """A metric as a column: `write` gives the number without its unit."""
+
+    name: str
+    meaning: str
+    unit: str = ""
+    better: Literal["higher", "lower", ""] = ""
+    write: Callable[[float], str] = lambda value: f"{value:.3f}"
+
+    @property
+    def heading(self) -> str:
+        """The name without its unit, which stands below it in a table."""
+        for unit in ("_tokens_per_second", "_per_token", "_seconds", "_mib", "_gib", "_ms"):
+            if self.unit and self.name.endswith(unit):
+                return self.name.removesuffix(unit).replace("_", " ") + (" time" if unit == "_seconds" else "")
+        return self.name.replace("_", " ")
+
+    def measured(self, metrics: Mapping[str, Any] | None) -> float | None:
+        """The value where there is a finite one."""
+        return number((metrics or {}).get(self.name))
+
+    def stderr(self, metrics: Mapping[str, Any] | None) -> float | None:
+        return number((metrics or {}).get(f"{self.name}_stderr"))
+
+    def text(self, metrics: Mapping[str, Any]) -> str:
+        """The measured value with its standard error and unit, as a sentence has it."""
+        value, stderr = self.measured(metrics), self.stderr(metrics)
+        assert value is not None
+        spread = f" ± {self.write(stderr)}" if stderr else ""
+        return f"{self.write(value)}{spread}{f' {self.unit}' if self.unit else ''}"
+
+
+def number(value: Any) -> float | None:
+    """`value` where it is a finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return value
+
+
+def percent(share: float) -> str:
+    """0.9167 as "91.7"."""
+    return f"{100 * share:.1f}"
+
+
+def count(value: float) -> str:
+    """1029312 as "1.03 M"; below ten thousand every digit."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= (1e4 if letter == "k" else 0.9995 * size):
+            return f"{value / size:#.3g}".rstrip(".") + f" {letter}"
+    return f"{value:,.0f}"
+
+
+def three_digits(value: float) -> str:
+    """Three significant digits, and every digit before the point."""
+    size = abs(value)
+    if size == 0:
+        return "0"
+    return f"{value:,.{0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.1 else 4}f}"
+
+
+def seconds(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 10 else f"{value:.1f}"
+
+
+QUALITY = (
+    Metric("pass@1", "share of problems whose tests the first answer passes", "%", "higher", percent),
+    Metric("rougeL", "longest common word sequence with the best reference", "", "higher"),
+    Metric("rouge1", "common words with the best reference", "", "higher"),
+    Metric("rouge2", "common word pairs with the best reference", "", "higher"),
+    Metric("kl", "mean KL(teacher‖model)", "nats/token", "lower"),
+    Metric("kl_p95", "95th percentile over tokens of KL(teacher‖model)", "nats/token", "lower"),
+    Metric("top1_agreement", "tokens where the model's first choice is the teacher's", "%", "higher", percent),
+    Metric("nll", "-log of the probability of the labels", "nats/token", "lower"),
+    Metric("bits_per_byte", "the same, in bits per byte of text", "", "lower"),
+    Metric("ece", "expected calibration error", "", "lower"),
+)
+COST = (
+    Metric("parameters", "numbers in the weights", "", "lower", count),
+    Metric("size_mib", "weights on disk", "MiB", "lower", three_digits),
+    Metric("prefill_tokens_per_second", "reading a prompt", "tokens/s", "higher", three_digits),
+    Metric("decode_tokens_per_second", "writing an answer", "tokens/s", "higher", three_digits),
+    Metric("time_to_first_token_ms", "from the prompt to the first token", "ms", "lower", three_digits),
+    Metric("peak_memory_gib", "largest memory in use", "GiB", "lower", three_digits),
+    Metric("joules_per_token", "energy of writing", "J/token", "lower", three_digits),
+    Metric("train_tokens", "counted tokens trained on", "", "", count),
+    Metric("train_seconds", "time in training", "s", "", seconds),
+)
+
+LABELS = {"student_before": "student before training", "baseline": "baseline, no teacher"}
+
+
+def label(model: str) -> str:
+    """The name of a model of `evaluation.json`, as people read it."""
+    return LABELS.get(model, model)
+
+
+def ordered(models: Models) -> list[str]:
+    """Names of the models as the table lists them, those with no fixed place last."""
+    first = ("teacher", "student_before", "baseline", "student")
+    return [*(name for name in first if name in models), *(name for name in models if name not in first)]
+
+
+def others(models: Models) -> tuple[Metric, ...]:
+    """Columns for the numbers that `models` hold beyond the metrics above."""
+    known = {metric.name for metric in (*QUALITY, *COST)}
+    names = {
+        name: None
+        for metrics in models.values()
+        for name, value in metrics.items()
+        if name not in known and (value is None or number(value) is not None)
+    }
+    extra = [name for name in names if not name.endswith(("_stderr", "_why")) and name != "problems"]
+    return tuple(Metric(name, "", write=lambda value: f"{value:.6g}") for name in extra)

@@ -1,0 +1,377 @@
+"""A recipe: what a run is made of, every option with its meaning and unit.
+
+`load` reads strict YAML, applies `section.key=value` overrides and returns a frozen `Recipe`, or
+raises one `RecipeError` that lists every mistake with its path. No other module defines an option.
+The top-level keys are the modules that a batch meets, in that order.
+"""
+
+import difflib
+import hashlib
+import inspect
+import json
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from mlx_distill.errors import NotFound, RecipeError
+from mlx_distill.losses import LOSSES, options_of
+from mlx_distill.strict_yaml import parse_value, parse_yaml
+
+EVALUATION_TASKS = ("fidelity", "code", "summary", "speed")
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, typed strictly, and without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Shape(Section):
+    """The `config.json` of a model built from scratch, in Hugging Face's names."""
+
+    model_type: Literal["llama", "qwen2", "qwen3"] = "llama"
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt  # width of the feed-forward layers
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt | None = None  # null: as many as attention heads
+    head_dim: PositiveInt | None = None  # null: hidden_size / num_attention_heads
+    max_position_embeddings: PositiveInt = 512  # tokens
+    rope_theta: PositiveFloat = 10000.0
+    rms_norm_eps: PositiveFloat = 1e-5
+    tie_word_embeddings: bool = True  # one matrix for reading and writing tokens
+
+    @model_validator(mode="after")
+    def check_heads(self) -> Self:
+        heads, kv = self.num_attention_heads, self.num_key_value_heads
+        if kv is not None and heads % kv:
+            raise ValueError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv}")
+        if self.head_dim is None and self.hidden_size % heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {heads}")
+        if (self.head_dim or self.hidden_size // heads) % 2:
+            raise ValueError("the size of a head must be even, for rotary positions")
+        return self
+
+
+class NewTokenizer(Section):
+    """A sentencepiece BPE tokenizer, trained on the text of `data.train`."""
+
+    pieces: PositiveInt  # vocabulary, special tokens included
+    byte_fallback: bool = True  # 256 pieces that spell out what no other piece covers
+
+
+class Student(Section):
+    """The model that learns: loaded (`model`), or built from scratch (`shape`)."""
+
+    model: str | None = None  # folder or Hub repository
+    shape: Shape | None = None
+    tokenizer: NewTokenizer | None = None  # for `shape` without a teacher; null: the teacher's
+    method: Literal["full", "lora", "dora"] = "full"  # which parameters move
+    rank: PositiveInt = 16  # of the LoRA or DoRA matrices
+    scale: PositiveFloat = 20.0  # of their product
+    dropout: NonNegativeFloat = Field(0.0, lt=1)  # share of their inputs set to 0 while training
+    layers: PositiveInt | None = None  # how many of the last layers they sit in; null: all
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if (self.model is None) == (self.shape is None):
+            raise ValueError("needs either `model` (load one) or `shape` (build one), not both")
+        if self.shape is not None and self.method != "full":
+            raise ValueError(f"method {self.method!r} adapts a loaded model; a new `shape` needs 'full'")
+        if self.model is not None and self.tokenizer is not None:
+            raise ValueError("`tokenizer` is for a new `shape`; a loaded model keeps its own")
+        if self.method == "full" and self.dropout:
+            raise ValueError("`dropout` acts inside LoRA or DoRA matrices; method 'full' has none")
+        return self
+
+
+class Teacher(Section):
+    """The model that teaches. Its weights never change."""
+
+    model: str  # `embedded`, a folder, or a Hub repository
+
+
+class Source(Section):
+    """Where rows come from. In a recipe a plain string stands for `{source: STRING}`."""
+
+    source: str  # a .jsonl file, a folder, a Hub dataset, or a corpus: pocket, stdlib
+    task: Literal["code", "summary", "both"] | None = None  # of a corpus; null there: code
+    split: str | None = None  # null: the one that the key names, `train` for prompts
+    rows: PositiveInt | None = None  # at most so many; null: all (a corpus needs a number)
+    start: NonNegativeInt = 0  # rows passed over first
+
+
+class Data(Section):
+    """What is read. `valid` and `test` default to those of a `train` that is a folder or dataset."""
+
+    train: Source | None = None  # rows with answers: the user's labels
+    prompts: Source | None = None  # rows whose answers the teacher writes
+    valid: Source | None = None  # watched while training
+    test: Source | None = None  # touched by `evaluate` alone
+    max_tokens: PositiveInt = 1024  # longer rows are left out, and counted in the log
+    count: Literal["completion", "all"] = "completion"  # labels that the losses see
+
+    @field_validator("train", "prompts", "valid", "test", mode="before")
+    @classmethod
+    def from_string(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if self.train is None and self.prompts is None:
+            raise ValueError("needs `train` (rows with answers), `prompts` (rows without), or both")
+        return self
+
+
+class Generate(Section):
+    """How the teacher answers `data.prompts`: greedily, up to its end-of-turn token."""
+
+    max_tokens: PositiveInt = 256  # of an answer; unfinished ones are dropped
+    batch_size: PositiveInt = 64  # answers written at once
+
+
+class Term(Section):
+    """One loss of the objective: its weight and the options of its function."""
+
+    weight: PositiveFloat = 1.0
+    options: dict[str, Any] = {}
+
+
+class Train(Section):
+    """The loop. A step is one finished optimizer update."""
+
+    steps: PositiveInt
+    batch_tokens: PositiveInt = 4096  # tokens of one forward pass, padding included
+    micro_batches: PositiveInt = 1  # forward passes added up into one update
+    learning_rate: PositiveFloat = 1e-5  # peak
+    warmup: NonNegativeInt = 0  # steps from 0 up to the peak
+    final_learning_rate: NonNegativeFloat = Field(0.1, le=1)  # end of the cosine, as a share of the peak
+    weight_decay: NonNegativeFloat = 0.01  # AdamW; matrices only
+    beta2: float = Field(0.999, gt=0, lt=1)  # AdamW
+    clip: NonNegativeFloat = 1.0  # largest norm of the gradient; 0 turns it off
+    gradient_checkpointing: bool = False  # recompute layers in the backward pass, to save memory
+    compile: bool = True
+    log_every: NonNegativeInt = 20  # steps; 0 turns it off, here and below
+    eval_every: NonNegativeInt = 0
+    save_every: NonNegativeInt = 200
+
+
+class Quantize(Section):
+    """Weights of the finished student in few bits, with mlx-lm's round-to-nearest."""
+
+    bits: Literal[2, 3, 4, 5, 6, 8] = 4
+    group_size: Literal[32, 64, 128] = 64  # weights that share a scale and a bias
+
+
+class Evaluate(Section):
+    """What is measured on `data.test`, for every model of the run alike."""
+
+    tasks: list[Literal["fidelity", "code", "summary", "speed"]] = ["fidelity", "speed"]
+    baseline: bool = True  # also train the student on `data.train` alone, for as many steps
+    max_tokens: PositiveInt = 256  # of a generated answer
+    batch_size: PositiveInt = 64  # answers written at once
+    seconds: PositiveFloat = 5.0  # that one problem's tests may take
+
+
+class Export(Section):
+    """What is left for other programs. Each artefact is reloaded and compared."""
+
+    formats: list[Literal["mlx"]] = ["mlx"]
+
+
+class Recipe(Section):
+    """One run, from the teacher to the exported student."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)  # of the run folder
+    seed: NonNegativeInt = 0
+    student: Student
+    teacher: Teacher | None = None  # null: plain training on `data.train`
+    data: Data
+    generate: Generate = Generate()
+    objective: dict[str, Term]
+    train: Train
+    quantize: Quantize | None = None  # null: no quantized student
+    evaluate: Evaluate = Evaluate()
+    export: Export = Export()
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def check_losses(cls, value: Any) -> Any:
+        """Gather each loss's own options, checked against the signature of its function."""
+        if not isinstance(value, dict) or not value:
+            raise ValueError("a mapping from losses to their options, such as {forward_kl: {weight: 1.0}}")
+        terms = {}
+        for name, given in value.items():
+            if name not in LOSSES:
+                raise ValueError(f"unknown loss `{name}`{_nearest(name, LOSSES)}")
+            given = {} if given is None else given
+            if not isinstance(given, dict):
+                raise ValueError(f"`{name}` takes a mapping, such as {{weight: 1.0}}; got {given!r}")
+            if set(given) == {"weight", "options"} and isinstance(given["options"], dict):
+                given = {"weight": given["weight"], **given["options"]}
+            options = {key: option for key, option in given.items() if key != "weight"}
+            _check_options(name, options)
+            terms[name] = {"weight": given.get("weight", 1.0), "options": options}
+        return terms
+
+    @model_validator(mode="after")
+    def check_together(self) -> Self:
+        needs_teacher = [name for name in self.objective if "cross_entropy" not in name]
+        if self.teacher is None and needs_teacher:
+            raise ValueError(f"objective `{needs_teacher[0]}` needs a `teacher`")
+        if self.teacher is None and self.data.prompts is not None:
+            raise ValueError("`data.prompts` are answered by the teacher; name a `teacher`")
+        if self.teacher is None and self.student.shape is not None and self.student.tokenizer is None:
+            raise ValueError("a new `student.shape` needs a `teacher` (for its tokenizer) or `student.tokenizer`")
+        if self.teacher is not None and self.student.tokenizer is not None:
+            raise ValueError("`student.tokenizer`: with a teacher the student uses the teacher's tokenizer")
+        if self.student.tokenizer is not None and self.data.train is None:
+            raise ValueError("`student.tokenizer` is trained on `data.train`, which is missing")
+        if self.train.warmup >= self.train.steps:
+            raise ValueError(f"train.warmup {self.train.warmup} must be less than train.steps {self.train.steps}")
+        return self
+
+
+def _check_options(loss: str, options: dict[str, Any]) -> None:
+    known = options_of(loss)
+    for key, value in options.items():
+        if key not in known:
+            raise ValueError(f"unknown option `{loss}.{key}`{_nearest(key, [*known, 'weight'])}")
+        wanted = known[key]
+        right = isinstance(value, (int, float) if wanted is float else wanted)
+        if not right or (isinstance(value, bool) and wanted is not bool):
+            raise ValueError(f"`{loss}.{key}`: a {wanted.__name__}; got {value!r}")
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe, apply `section.key=value` overrides, and check all of it.
+
+    Raises:
+        NotFound: no such file.
+        RecipeError: every mistake, one a line, each with the file, the path and the value seen.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise NotFound(f"{path}: no such recipe; `mlx-distill recipes` lists the bundled ones") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as a recipe ({error})") from None
+    tree = parse_yaml(text, path)
+    for override in overrides:
+        _apply(tree, override)
+    return decode(tree, path)
+
+
+def decode(tree: dict[str, Any], where: str | Path = "recipe") -> Recipe:
+    """Check a tree of plain values and freeze it as a `Recipe`."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError("\n".join(f"{where}: {line}" for line in _explain(error))) from None
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every default written out; `load` reads it back equal."""
+    tree = recipe.model_dump(mode="json")
+    tree["objective"] = {
+        name: {"weight": term.weight, **{key: option for key, option in term.options.items()}}
+        for name, term in recipe.objective.items()
+    }
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+
+
+def fingerprint(recipe: Recipe, *extra: str) -> str:
+    """16 hex digits of SHA-256 over all that determines the student, and nothing else.
+
+    Names, logging, saving, evaluation and export may differ between runs of one fingerprint.
+
+    Args:
+        extra: what stands outside the recipe, such as digests of data files and weights.
+    """
+    tree = recipe.model_dump(mode="json", exclude={"name", "evaluate", "export"})
+    for key in ("log_every", "eval_every", "save_every"):
+        del tree["train"][key]
+    text = json.dumps([tree, *extra], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"override {override!r}: write section.key=value, such as train.steps=50")
+    for depth, key in enumerate(keys[:-1]):
+        child = tree.get(key)
+        if child is None:
+            child = tree[key] = {}
+        elif isinstance(child, str) and keys[0] == "data":
+            child = tree[key] = {"source": child}
+        elif not isinstance(child, dict):
+            raise RecipeError(f"override {override!r}: `{'.'.join(keys[: depth + 1])}` holds no keys of its own")
+        tree = child
+    tree[keys[-1]] = parse_value(value, f"override {override!r}")
+
+
+def _explain(error: ValidationError) -> list[str]:
+    """One line a mistake: the path, what was expected, what was seen, the nearest known key."""
+    lines = []
+    for mistake in error.errors():
+        keys = [str(key) for key in mistake["loc"]]
+        path = ".".join(keys)
+        seen = mistake.get("input")
+        match mistake["type"]:
+            case "extra_forbidden":
+                section = _section(keys[:-1])
+                near = _nearest(keys[-1], section.model_fields if section else (), keys[:-1])
+                lines.append(f"unknown key `{path}`{near}")
+            case "missing":
+                lines.append(f"missing key `{path}`")
+            case "literal_error":
+                lines.append(f"`{path}`: one of {_choices(mistake)}; got {seen!r}")
+            case "value_error":
+                message = str(mistake["ctx"]["error"])
+                lines.append(f"`{path}`: {message}" if path else message)
+            case _:
+                message = mistake["msg"].removeprefix("Input should be ")
+                shown = repr(seen)
+                lines.append(f"`{path}`: {message}; got {shown if len(shown) <= 80 else shown[:77] + '...'}")
+    return lines
+
+
+def _choices(mistake: Any) -> str:
+    return mistake["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
+
+
+def _section(keys: list[str]) -> type[Section] | None:
+    """The section class that a path of keys leads to."""
+    section: type[Section] = Recipe
+    for key in keys:
+        field = section.model_fields.get(key)
+        annotation = field.annotation if field else None
+        candidates = [c for c in (annotation, *get_args(annotation)) if inspect.isclass(c)]
+        found = [c for c in candidates if issubclass(c, Section)]
+        if not found:
+            return None
+        section = found[0]
+    return section
+
+
+def _nearest(key: str, known: Any, parents: list[str] | tuple[str, ...] = ()) -> str:
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean `{'.'.join([*parents, near[0]])}`?"
+    return f"; known here: {', '.join(sorted(known))}" if known else ""

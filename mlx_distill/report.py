@@ -1,0 +1,303 @@
+"""`report.html`: one self-contained page that shows what a run did, read off its folder alone.
+
+Whatever a model wrote is hostile text: the template escapes all of it, and the page forbids itself every
+outside request and every script.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_distill import metrics as m
+from mlx_distill.errors import MissingExtra, RecipeError, RunFolderError
+from mlx_distill.files import write_text
+from mlx_distill.run_record import RunRecord, read_run
+from mlx_distill.strict_yaml import parse_yaml
+from mlx_distill.verdict import verdict
+
+_COLORS = {"teacher": 0, "student": 1, "baseline": 2, "student_before": 3}  # the page's --c0 to --c3
+_CURVES = (
+    ("loss", "Training loss, nats/token"),
+    ("valid_nll", "nll on validation rows, nats/token"),
+    ("valid_kl", "KL to the teacher on validation rows, nats/token"),
+)
+_RUNS = (1, 2, 4, 5, 6, 7, 0, 3)  # colours of runs side by side
+_SAMPLES = 6
+_LONGEST = 2000  # characters of one text in the page
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html` into a run folder, from what the folder holds.
+
+    Raises:
+        NotFound: no evaluation.json there. DataError: it cannot be read as one.
+        RunFolderError: the page cannot be written.
+    """
+    run = read_run(Path(folder))
+    models = m.ordered(run.models)
+    rows = [(None, [(m.label(name), _color(name), run.models[name]) for name in models])]
+    curves = [(m.label(stage), _color(stage), run.log, stage, False) for stage in ("student", "baseline")]
+    figures, missing = _figures(curves, run.models)
+    page = {
+        "title": run.name,
+        "kind": "Distillation report" if "teacher" in run.models else "Training report",
+        "verdict": verdict(run.models),
+        "tables": _tables(rows),
+        "figures": figures,
+        "notes": [*missing, *run.unreadable],
+        "samples": _samples(run.answers),
+        "generated": _lineage(run.generated),
+        "sandbox": next((x["sandbox"] for x in run.models.values() if x.get("sandbox")), None),
+        "details": _details([run]),
+        "differences": None,
+    }
+    return _write(page, Path(folder) / "report.html")
+
+
+def write_comparison(folders: Sequence[Path], out: Path) -> Path:
+    """Write a page that shows several runs side by side.
+
+    Raises:
+        NotFound, DataError, RunFolderError: as `write_report`, naming the folder.
+    """
+    runs = [read_run(Path(folder)) for folder in folders]
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        runs = [run._replace(name=str(folder)) for run, folder in zip(runs, folders, strict=True)]
+    groups = []
+    models = dict.fromkeys(name for run in runs for name in m.ordered(run.models))
+    for model in sorted(models, key=lambda name: (name != "student", name == "student_before")):
+        rows = [(run.name, _RUNS[i % 8], run.models[model]) for i, run in enumerate(runs) if model in run.models]
+        groups.append((m.label(model), rows))
+    stages = [(stage, dashed) for stage, dashed in (("student", False), ("baseline", True))]
+    curves = [
+        (run.name + (", baseline" if dashed else ""), _RUNS[i % 8], run.log, stage, dashed)
+        for i, run in enumerate(runs)
+        for stage, dashed in stages
+    ]
+    students = {run.name: run.models["student"] for run in runs if "student" in run.models}
+    colors = {run.name: _RUNS[i % 8] for i, run in enumerate(runs)}
+    figures, missing = _figures(curves, students, colors)
+    page = {
+        "title": " · ".join(run.name for run in runs),
+        "kind": f"{len(runs)} runs side by side",
+        "verdict": [],
+        "tables": _tables(groups),
+        "figures": figures,
+        "notes": [*missing, *(line for run in runs for line in run.unreadable)],
+        "samples": [],
+        "generated": None,
+        "sandbox": None,
+        "details": _details(runs),
+        "differences": _differences(runs),
+    }
+    return _write(page, Path(out))
+
+
+def _color(model: str) -> int:
+    return _COLORS.get(model, 4)
+
+
+def _tables(groups: list[tuple[str | None, list[tuple[str, int, Mapping[str, Any]]]]]) -> list[dict[str, Any]]:
+    """What the models can do, what they cost, and what else was measured: columns that any row has."""
+    everything = {f"{i} {j}": row[2] for i, (_, rows) in enumerate(groups) for j, row in enumerate(rows)}
+    titles = (("Quality", m.QUALITY), ("Cost", m.COST), ("Also measured", m.others(everything)))
+    tables = []
+    for title, known in titles:
+        columns = [x for x in known if any(x.name in metrics for metrics in everything.values())]
+        reasons: list[str] = []
+        filled = [
+            (heading, [(name, color, [_cell(x, metrics, reasons) for x in columns]) for name, color, metrics in rows])
+            for heading, rows in groups
+        ]
+        if columns:
+            tables.append({"title": title, "columns": columns, "groups": filled, "reasons": reasons})
+    return tables
+
+
+def _cell(metric: m.Metric, metrics: Mapping[str, Any], reasons: list[str]) -> dict[str, Any]:
+    """One number as written, its exact value, and the number of the footnote where there is none."""
+    if metric.name not in metrics:
+        return {"text": None, "exact": "", "why": "not asked for", "note": None, "spread": None}
+    value, raw = metric.measured(metrics), metrics[metric.name]
+    if value is not None:
+        stderr = metric.stderr(metrics)
+        spread = metric.write(stderr) if stderr else None
+        return {"text": metric.write(value), "exact": repr(value), "why": None, "note": None, "spread": spread}
+    if raw is not None:  # not a finite number: shown as it is
+        return {"text": str(raw), "exact": str(raw), "why": None, "note": None, "spread": None}
+    why = str(metrics.get(metric.name + "_why") or "no reason given")
+    if why not in reasons:
+        reasons.append(why)
+    return {"text": None, "exact": "", "why": why, "note": reasons.index(why) + 1, "spread": None}
+
+
+def _figures(
+    curves: list[tuple[str, int, list[dict[str, Any]], str, bool]],
+    models: m.Models,
+    colors: Mapping[str, int] = _COLORS,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The figures that the numbers allow, and a line on what is missing."""
+    from mlx_distill import figures
+
+    found = []
+    try:
+        for key, title in _CURVES:
+            lines = []
+            for label, color, log, stage, dashed in curves:
+                points = _points(log, stage, key)
+                if len(points) > 1:
+                    lines.append(figures.Curve(label, color, list(points), list(points.values()), dashed))
+            if lines:
+                found.append({"title": title, "svg": figures.curves(key, lines), "lines": lines})
+        for metric in (x for x in m.QUALITY if x.name in ("pass@1", "rougeL", "top1_agreement", "kl", "nll")):
+            points = _sizes(figures.Point, metric, models, colors)
+            if len(points) > 1:
+                title = f"Size against {metric.name}"
+                svg = figures.sizes("sizes", points, f"{metric.name} {metric.unit}".strip(), "MiB on disk")
+                found.append({"title": title, "svg": svg, "lines": []})
+                break
+    except MissingExtra:
+        return [], ["Curves are left out: pip install 'mlx-distill[report]' adds them."]
+    return found, []
+
+
+def _points(log: list[dict[str, Any]], stage: str, key: str) -> dict[float, float]:
+    """Step -> value. A resumed run writes some steps twice; the later line counts."""
+    points = {}
+    for line in log:
+        step, value = m.number(line.get("step")), m.number(line.get(key))
+        if line.get("stage") == stage and step is not None and value is not None:
+            points[step] = value
+    return dict(sorted(points.items()))
+
+
+def _sizes(point: Any, metric: m.Metric, models: m.Models, colors: Mapping[str, int]) -> list[Any]:
+    points = []
+    factor = 100 if metric.unit == "%" else 1
+    for name in m.ordered(models):
+        size, value = m.number(models[name].get("size_mib")), metric.measured(models[name])
+        if size and value is not None:
+            stderr = factor * (metric.stderr(models[name]) or 0.0)
+            label = {"student_before": "before", "baseline": "baseline"}.get(name, name)
+            points.append(point(label, colors.get(name, 4), size, factor * value, stderr))
+    return points
+
+
+def _samples(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A few rows, one of each outcome in turn, those on which the models differ first.
+
+    An outcome is a task, who was right and who wrong; each sample says how many rows had the same, so that a rare
+    success cannot pass for the rule.
+    """
+    outcomes: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in answers:
+        given = row.get("answers")
+        if isinstance(given, dict) and given and all(isinstance(x, dict) for x in given.values()):
+            rights = tuple((name, _right(x)) for name, x in sorted(given.items()))
+            outcomes.setdefault((row.get("task"), rights), []).append(row)
+    ranked = sorted(outcomes.items(), key=lambda item: (len({right for _, right in item[0][1]}) < 2, -len(item[1])))
+    picked = []
+    for turn in range(max((len(rows) for rows in outcomes.values()), default=0)):
+        picked += [(rows[turn], len(rows)) for _, rows in ranked if turn < len(rows)]
+        if len(picked) >= _SAMPLES:
+            break
+    tasks = Counter(row.get("task") for row in answers)
+    return [_sample(row, same, tasks[row.get("task")]) for row, same in picked[:_SAMPLES]]
+
+
+def _sample(row: dict[str, Any], same: int, rows: int) -> dict[str, Any]:
+    given = row["answers"]
+    shown = [
+        {
+            "label": m.label(name),
+            "color": _color(name),
+            "text": _clip(given[name].get("text")),
+            "right": _right(given[name]),
+            "score": m.number(given[name].get("score")),
+            "why": given[name].get("why"),
+        }
+        for name in m.ordered(given)
+    ]
+    return {
+        "prompt": _clip(row.get("prompt")),
+        "reference": _clip(row.get("reference")),
+        "summary": row.get("task") == "summary",
+        "answers": shown,
+        "same": same,
+        "rows": rows,
+    }
+
+
+def _right(answer: Mapping[str, Any]) -> bool:
+    """Programs score 0 or 1; summaries are told apart at a ROUGE-L of one half."""
+    return (m.number(answer.get("score")) or 0.0) >= 0.5
+
+
+def _clip(text: Any) -> str:
+    text = "" if text is None else str(text).strip("\n")
+    more = len(text) - _LONGEST
+    return f"{text[:_LONGEST]}\n[{more:,} more characters]" if more > 0 else text
+
+
+def _lineage(generated: list[dict[str, Any]]) -> dict[str, Any] | None:
+    if not generated:
+        return None
+    kept = sum(1 for row in generated if row.get("kept"))
+    dropped = Counter(str(row.get("reason") or "no reason given") for row in generated if not row.get("kept"))
+    return {"written": len(generated), "kept": kept, "dropped": dropped.most_common()}
+
+
+def _details(runs: list[RunRecord]) -> list[dict[str, Any]]:
+    """Recipe and environment of each run, folded away at the foot of the page."""
+    found = []
+    for run in runs:
+        of = f" of {run.name}" if len(runs) > 1 else ""
+        environment = {key: value if isinstance(value, str) else json.dumps(value) for key, value in run.environment.items()}
+        command = run.environment.get("command")
+        if isinstance(command, list):
+            environment["command"] = " ".join(str(part) for part in command)
+        if run.recipe:
+            found.append({"title": f"Recipe{of}", "text": run.recipe, "pairs": {}})
+        if environment:
+            found.append({"title": f"Command and environment{of}", "text": "", "pairs": environment})
+    return found
+
+
+def _differences(runs: list[RunRecord]) -> dict[str, Any] | None:
+    """Recipe keys in which the runs differ: path -> one value a run."""
+    flat = []
+    for run in runs:
+        try:
+            flat.append(_flatten(parse_yaml(run.recipe, "recipe.yaml")))
+        except RecipeError:
+            return None
+    keys = dict.fromkeys(key for tree in flat for key in tree)
+    rows = {key: [tree.get(key, "–") for tree in flat] for key in keys if key != "name"}
+    return {"runs": [run.name for run in runs], "rows": {k: v for k, v in rows.items() if len(set(v)) > 1}}
+
+
+def _flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, str]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{path}{key}.") if isinstance(value, dict) and value else {f"{path}{key}": json.dumps(value)}
+    return flat
+
+
+def _write(page: dict[str, Any], path: Path) -> Path:
+    """Render and put in place in one move, so that a reader never meets half a page."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8"))
+    cells = [cell for t in page["tables"] for _, rows in t["groups"] for *_, row in rows for cell in row]
+    page["has_spread"] = any(cell["spread"] for cell in cells)
+    # A model may write half of a surrogate pair, which no file can hold.
+    html = template.render(page).encode("utf-8", errors="replace").decode("utf-8")
+    try:
+        write_text(path, html)
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
+    return path

@@ -1,0 +1,78 @@
+"""A finished run as its folder tells it, for those who only look at it."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlx_distill.errors import DataError, NotFound
+from mlx_distill.metrics import Models
+
+
+class RunRecord(NamedTuple):
+    """What a run folder holds, as far as the report reads it; what is not there is empty."""
+
+    name: str
+    models: Models
+    recipe: str
+    environment: dict[str, Any]
+    log: list[dict[str, Any]]  # metrics.jsonl
+    answers: list[dict[str, Any]]  # samples/evaluation.jsonl
+    generated: list[dict[str, Any]]  # samples/generated.jsonl
+    unreadable: list[str]  # what was left out, and why
+
+
+def read_run(folder: Path) -> RunRecord:
+    """What the folder of a run holds; only evaluation.json must be there."""
+    path = folder / "evaluation.json"
+    again = "write it with `mlx-distill evaluate RECIPE`"
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NotFound(f"{path}: no such file; {again}") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); {again}") from None
+    models = tree.get("models") if isinstance(tree, dict) and tree.get("schema") == 1 else None
+    if not isinstance(models, dict) or not models or not all(isinstance(x, dict) for x in models.values()):
+        raise DataError(f'{path}: expected {{"schema": 1, "models": {{...}}}}; {again}')
+    unreadable: list[str] = []
+    environment = _read_lines(folder / "environment.json", unreadable, whole=True)
+    return RunRecord(
+        name=str(tree.get("recipe") or folder.resolve().name),
+        models=models,
+        recipe=_read_text(folder / "recipe.yaml", unreadable),
+        environment=environment[0] if environment else {},
+        log=_read_lines(folder / "metrics.jsonl", unreadable),
+        answers=_read_lines(folder / "samples" / "evaluation.jsonl", unreadable),
+        generated=_read_lines(folder / "samples" / "generated.jsonl", unreadable),
+        unreadable=unreadable,
+    )
+
+
+def _read_text(path: Path, unreadable: list[str]) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        unreadable.append(f"{path.name} could not be read ({error.strerror}).")
+        return ""
+
+
+def _read_lines(path: Path, unreadable: list[str], whole: bool = False) -> list[dict[str, Any]]:
+    """The objects of a JSONL file. A killed run leaves half a line, which must not cost the report."""
+    text = _read_text(path, unreadable)
+    found, broken = [], 0
+    for line in [text] if whole else text.split("\n"):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if isinstance(value, dict):
+            found.append(value)
+        else:
+            broken += 1
+    if broken:
+        unreadable.append(f"{path.name}: {broken} {'line' if broken == 1 else 'lines'} could not be read.")
+    return found

@@ -1,0 +1,139 @@
+"""What a run showed, in plain sentences that say no more than its numbers do."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_distill.metrics import COST, QUALITY, Metric, Models
+
+_METRICS = {metric.name: metric for metric in (*QUALITY, *COST)}
+_SCORES = ("pass@1", "rougeL")
+
+
+def verdict(models: Models) -> list[str]:
+    """The sentences, most important first; one at least.
+
+    A difference is given with its standard error where both sides have one (as if the two were
+    independent, which is cautious: they answer the same problems), and is called "within two standard
+    errors" where it is.
+    """
+    student = models.get("student")
+    if student is None:
+        return ["No student was evaluated; the table below holds what was."]
+    scores = [_METRICS[name] for name in _SCORES if _METRICS[name].measured(student) is not None]
+    lines = []
+    for metric in scores:
+        lines += _score(metric, models)
+    lines += _divergence(models)
+    lines += _quantized(scores, models)
+    if lines and "teacher" in models and "baseline" not in models:
+        lines.append("No baseline was trained, so nothing here shows what the teacher added.")
+    if not lines:
+        lines.append("No score of the student was measured; the table below holds what was.")
+    return lines
+
+
+def _score(metric: Metric, models: Models) -> list[str]:
+    student, teacher = models["student"], models.get("teacher")
+    mine, theirs = metric.measured(student), metric.measured(teacher)
+    assert mine is not None
+    if theirs and teacher:
+        share = mine / theirs
+        verb = "keeps" if share < 1 else "reaches"
+        first = f"The student {verb} {_share(share)} of the teacher's {metric.name}"
+        lines = [f"{first}{_share_of_parameters(models)}: {metric.text(student)} against {metric.text(teacher)}."]
+    else:
+        lines = [f"The student's {metric.name} is {metric.text(student)}."]
+    baseline, before = models.get("baseline"), models.get("student_before")
+    parts = []
+    if baseline and metric.measured(baseline) is not None:
+        gap = _gap(metric, baseline, student)
+        end = ", so here the teacher did not help" if _clearly_better(metric, baseline, student) else ""
+        reached = f"reaches a {metric.name} of {metric.text(baseline)}"
+        parts.append(f"trained without the teacher, the same student {reached}, {gap}{end}")
+    if before and metric.measured(before) is not None:
+        parts.append(f"before training its {metric.name} was {metric.text(before)}")
+    if parts:
+        together = "; ".join(parts)
+        lines.append(f"{together[0].upper()}{together[1:]}.")
+    return lines
+
+
+def _divergence(models: Models) -> list[str]:
+    """The student's distance to the teacher; without one, to the labels."""
+    student = models["student"]
+    metric = next((_METRICS[name] for name in ("kl", "nll") if _METRICS[name].measured(student) is not None), None)
+    if metric is None:
+        return []
+    beside = []
+    for name, words in (
+        ("teacher", "for the teacher"),
+        ("baseline", "for the baseline"),
+        ("student_before", "before training"),
+    ):
+        value = metric.measured(models.get(name))
+        if value is not None and (metric.name, name) != ("kl", "teacher"):
+            beside.append(f"{metric.write(value)} {words}")
+    line = f"The student's {'KL to the teacher' if metric.name == 'kl' else 'nll'} is {metric.text(student)}"
+    if beside:
+        line += f", against {' and '.join(beside)}"
+    agreement = _METRICS["top1_agreement"]
+    if agreement.measured(student) is not None:
+        line += f"; {agreement.text(student)} of its first choices are the teacher's"
+    return [f"{line}."]
+
+
+def _quantized(scores: list[Metric], models: Models) -> list[str]:
+    size, student = _METRICS["size_mib"], models["student"]
+    lines = []
+    for name in [name for name in models if name.startswith("student-")]:
+        quantized = models[name]
+        parts = []
+        mine, whole = size.measured(quantized), size.measured(student)
+        if mine is not None:
+            of = f" ({_share(mine / whole)} of the student)" if whole else ""
+            parts.append(f"takes {size.text(quantized)}{of}")
+        for metric in [metric for metric in scores if metric.measured(quantized) is not None]:
+            parts.append(f"scores {metric.text(quantized)} {metric.name}, {_gap(metric, quantized, student)}")
+        if parts:
+            lines.append(f"{name} {' and '.join(parts)}.")
+    return lines
+
+
+def _share_of_parameters(models: Models) -> str:
+    metric = _METRICS["parameters"]
+    mine, theirs = metric.measured(models.get("student")), metric.measured(models.get("teacher"))
+    return f" at {_share(mine / theirs)} of its parameters" if mine and theirs else ""
+
+
+def _gap(metric: Metric, one: Mapping[str, Any], student: Mapping[str, Any]) -> str:
+    """ "63.8 ± 1.6 points less", seen from `one`."""
+    difference, stderr = _difference(metric, one, student)
+    unit = " points" if metric.unit == "%" else ""
+    spread = f" ± {metric.write(stderr)}" if stderr is not None else ""
+    if metric.write(abs(difference)) == metric.write(0.0):
+        return "the same"
+    within = ", within two standard errors" if stderr is not None and abs(difference) < 2 * stderr else ""
+    return f"{metric.write(abs(difference))}{spread}{unit} {'less' if difference < 0 else 'more'}{within}"
+
+
+def _clearly_better(metric: Metric, one: Mapping[str, Any], student: Mapping[str, Any]) -> bool:
+    difference, stderr = _difference(metric, one, student)
+    return difference > 2 * (stderr or 0.0)
+
+
+def _difference(
+    metric: Metric, one: Mapping[str, Any], other: Mapping[str, Any]
+) -> tuple[float, float | None]:
+    """How far `one` lies above `other`, and the standard error of that."""
+    mine, theirs = metric.measured(one), metric.measured(other)
+    assert mine is not None and theirs is not None
+    errors = metric.stderr(one), metric.stderr(other)
+    if errors[0] is None or errors[1] is None:
+        return mine - theirs, None
+    return mine - theirs, (errors[0] ** 2 + errors[1] ** 2) ** 0.5
+
+
+def _share(share: float) -> str:
+    """0.9167 as "92 %"; never rounded up to 100 %, never down to 0 %."""
+    digits = 0 if 0.095 <= share < 0.995 or share >= 1.005 or share == 1 else 1
+    return f"{min(100 * share, 99.9) if share < 1 else 100 * share:.{digits}f} %"

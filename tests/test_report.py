@@ -1,0 +1,293 @@
+"""The report shows what the run folder holds: no number changed, no text of a model let loose."""
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlx_distill.errors import DataError, NotFound, RunFolderError
+from mlx_distill.metrics import COST, QUALITY, count
+from mlx_distill.report import write_comparison, write_report
+from mlx_distill.verdict import verdict
+
+HOSTILE = "<script>alert(1)</script><img src=https://evil.example/x.png onerror=alert(2)>"
+MODELS: dict[str, dict[str, Any]] = {
+    "teacher": {"pass@1": 0.958, "pass@1_stderr": 0.006343, "problems": 1000, "sandbox": "unshare", "nll": 0.0712,
+                "bits_per_byte": 0.0713, "parameters": 1029312, "size_mib": 3.927,
+                "prefill_tokens_per_second": 21400.7, "decode_tokens_per_second": 1210.3, "peak_memory_gib": 0.412,
+                "joules_per_token": None, "joules_per_token_why": "energy is measured on macOS only"},
+    "student_before": {"pass@1": 0.0, "pass@1_stderr": 0.0, "problems": 1000, "nll": 6.2413, "kl": 6.1705,
+                       "kl_p95": 7.9122, "top1_agreement": 0.0021, "bits_per_byte": 6.249, "parameters": 196608,
+                       "size_mib": 0.751, "prefill_tokens_per_second": 88012.0,
+                       "decode_tokens_per_second": 3320.0, "peak_memory_gib": 0.221},
+    "baseline": {"pass@1": 0.243, "pass@1_stderr": 0.01356, "problems": 1000, "nll": 0.9718, "kl": 0.9511,
+                 "kl_p95": 5.113, "top1_agreement": 0.8012, "bits_per_byte": 0.973, "parameters": 196608,
+                 "size_mib": 0.751, "prefill_tokens_per_second": 87633.0, "decode_tokens_per_second": 3301.0,
+                 "peak_memory_gib": 0.221, "train_tokens": 1331200, "train_seconds": 91.4},
+    "student": {"pass@1": 0.881, "pass@1_stderr": 0.01024, "problems": 1000, "nll": 0.1933, "kl": 0.1204,
+                "kl_p95": 0.6125, "top1_agreement": 0.9634, "bits_per_byte": 0.1935, "parameters": 196608,
+                "size_mib": 0.751, "prefill_tokens_per_second": 87544.0, "decode_tokens_per_second": 3290.0,
+                "peak_memory_gib": 0.221, "train_tokens": 1340416, "train_seconds": 118.2,
+                "joules_per_token": None, "joules_per_token_why": "energy is measured on macOS only"},
+    "student-4bit": {"pass@1": 0.86, "pass@1_stderr": 0.01097, "problems": 1000, "nll": 0.2145, "kl": 0.1441,
+                     "kl_p95": 0.7, "top1_agreement": 0.9522, "bits_per_byte": 0.2147, "parameters": 196608,
+                     "size_mib": 0.2442, "prefill_tokens_per_second": 61233.0,
+                     "decode_tokens_per_second": 3711.0, "peak_memory_gib": 0.204},
+}  # fmt: skip
+RECIPE = """name: quickstart
+seed: 0
+student: {shape: {hidden_size: 64, num_hidden_layers: 4}}
+teacher: {model: embedded}
+data: {train: {source: pocket, rows: 100}, prompts: {source: pocket, rows: 5000, start: 100}}
+objective: {forward_kl: {weight: 1.0}, cross_entropy: {weight: 0.5}}
+train: {steps: 600, learning_rate: 3e-3}
+"""
+
+
+def make_run(folder: Path, name: str = "quickstart", models: dict[str, Any] | None = None, minimal: bool = False) -> Path:
+    """A run folder as a finished quickstart leaves it; with `minimal`, evaluation.json alone."""
+    folder.mkdir(parents=True)
+    evaluation = {"schema": 1, "recipe": name, "models": MODELS if models is None else models}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    if minimal:
+        return folder
+    (folder / "recipe.yaml").write_text(RECIPE.replace("quickstart", name))
+    environment = {"mlx_distill": "0.1.0", "mlx": "0.32.4", "mlx_lm": "0.32.2", "python": "3.11.2",
+                   "platform": "Linux-6.1-x86_64", "machine": "x86_64", "device": "cpu", "memory_gib": 7.8,
+                   "commit": "1f3c9ab", "blas": "OpenBLAS 0.3.21", "command": "mlx-distill run recipes/quickstart.yaml",
+                   "started": "2026-11-21T02:00:00+0000"}  # fmt: skip
+    (folder / "environment.json").write_text(json.dumps(environment))
+    lines = []
+    for stage, floor in (("student", 0.15), ("baseline", 0.02)):
+        for step in range(20, 601, 20):
+            loss = floor + 6 * 0.985**step + 0.03 * ((step * 7919) % 13) / 13
+            lines.append({"step": step, "stage": stage, "loss": loss, "learning_rate": 1e-3, "tokens": step * 2200})
+            if step % 100 == 0:
+                gap = 0.12 if stage == "student" else 0.95 - 40 / step
+                lines.append({"step": step, "stage": stage, "valid_nll": gap + 0.07 + 6 * 0.985**step, "valid_kl": gap + 6 * 0.985**step})  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "samples").mkdir()
+    outcomes = ["student"] * 7 + ["all"] * 11 + ["teacher"] * 2
+    rows = [_answered(number, outcome) for number, outcome in enumerate(outcomes)]
+    (folder / "samples" / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generated = [{"prompt": "p", "answer": "a", "kept": True, "reason": None}] * 4930
+    generated += [{"prompt": "p", "answer": None, "kept": False, "reason": "unfinished after 64 tokens"}] * 41
+    generated += [{"prompt": "p", "answer": "", "kept": False, "reason": f"empty {HOSTILE}"}] * 29
+    (folder / "samples" / "generated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in generated))
+    return folder
+
+
+def _answered(number: int, outcome: str) -> dict[str, Any]:
+    right = f"    values = [x * {number + 2} for x in values]\n    return sum(values)"
+    wrong = f"    values = [x + {number + 2} for x in values]\n    return sum(values)"
+    by_outcome = {"student": ("teacher", "student", "student-4bit"), "all": tuple(MODELS), "teacher": ("teacher",)}
+    answers = {}
+    for model in MODELS:
+        good = model in by_outcome[outcome]
+        text = right if good else HOSTILE if model == "student_before" else wrong
+        why = None if good else "SyntaxError: invalid syntax" if text is HOSTILE else "assert f([1, 2]) == 12 failed"
+        answers[model] = {"text": text, "score": float(good), "why": why}
+    prompt = f'def f(values):\n    """Multiply each of the values by {number + 2}, then return their sum."""\n'
+    return {"task": "code", "prompt": prompt, "reference": right, "answers": answers}
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, the table cells, and all text of a page."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory: pytest.TempPathFactory) -> str:
+    pytest.importorskip("matplotlib")
+    return write_report(make_run(tmp_path_factory.mktemp("runs") / "quickstart")).read_text()
+
+
+def test_every_number_of_the_evaluation_stands_in_the_tables_exactly(html: str):
+    shown = sorted(float(tag["value"] or "nan") for name, tag in Page(html).tags if name == "data")
+    columns = {metric.name for metric in (*QUALITY, *COST)}
+    given = [v for metrics in MODELS.values() for k, v in metrics.items() if k in columns and v is not None]
+    assert shown == sorted(given)
+
+
+def test_nothing_is_loaded_from_outside_and_nothing_runs(html: str):
+    page = Page(html)
+    assert not {"script", "img", "iframe", "object", "embed", "link", "base", "form"} & {tag for tag, _ in page.tags}
+    for _, attributes in page.tags:
+        assert not [name for name in attributes if name.startswith("on")]
+        assert all((attributes.get(key) or "#").startswith("#") for key in ("src", "href", "xlink:href"))
+    style = html[html.index("<style>") : html.index("</style>")]
+    assert not re.search(r"url\((?!#)|@import", style)
+    assert "default-src 'none'" in html
+
+
+def test_what_a_model_wrote_is_text(html: str):
+    assert "<script" not in html
+    assert HOSTILE in Page(html).text
+
+
+def test_the_usual_mistake_of_unescaped_text_would_be_seen():
+    assert "script" in {tag for tag, _ in Page(f"<pre>{HOSTILE}</pre>").tags}
+
+
+def test_ids_are_unique_and_references_reach_one(html: str):
+    tags = Page(html).tags
+    ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {attributes["href"] for _, attributes in tags if "href" in attributes} <= {f"#{name}" for name in ids}
+
+
+def test_figures_take_the_colours_of_the_page(html: str):
+    svg = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
+    assert svg.count("<svg") == 4
+    assert "var(--c1)" in svg
+    assert not re.findall(r"#0[0-9a-f]{5}|#fff", svg)
+
+
+def test_what_is_missing_says_why(html: str):
+    assert "energy is measured on macOS only" in html
+
+
+def test_samples_show_each_outcome_with_how_often_it_was(html: str):
+    for rows in (7, 11, 2):
+        assert f"{rows} of 20 rows had this outcome" in html
+    assert html.index("7 of 20") < html.index("11 of 20")  # the models differ there
+
+
+def test_generated_rows_are_accounted_for(html: str):
+    text = Page(html).text
+    assert "5,000 answers written, 4,930 kept" in text
+    assert "unfinished after 64 tokens" in text
+
+
+def test_evaluation_alone_is_enough(tmp_path: Path):
+    html = write_report(make_run(tmp_path / "run", minimal=True)).read_text()
+    assert "92\u00a0%" in html
+    assert "<h2>Samples" not in html
+
+
+def test_a_model_with_nothing_measured_is_enough(tmp_path: Path):
+    html = write_report(make_run(tmp_path / "run", models={"student": {}}, minimal=True)).read_text()
+    assert "No score of the student was measured" in html
+
+
+def test_without_matplotlib_the_report_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    html = write_report(make_run(tmp_path / "run")).read_text()
+    assert "pip install &#39;mlx-distill[report]&#39;" in html
+    assert "<svg" not in html
+    assert "88.1" in html
+
+
+def test_half_a_line_half_a_surrogate_and_odd_values_cost_no_report(tmp_path: Path):
+    models = {"student": {"pass@1": float("nan"), "kl": "a lot", "energy_price": 3.5}}
+    folder = make_run(tmp_path / "run", models=models)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 620, "sta')
+    row = {"task": "code", "prompt": "\ud800", "reference": None, "answers": {"student": {"text": "\x00", "score": None}}}
+    (folder / "samples" / "evaluation.jsonl").write_text(json.dumps(row) + "\n[1]\n")
+    (folder / "environment.json").write_text("[]")
+    html = write_report(folder).read_text()
+    assert "metrics.jsonl: 1 line could not be read" in html
+    assert "a lot" in html
+    assert "energy price" in html
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 2, "models": {"student": {}}}', '{"schema": 1, "models": {}}'])
+def test_an_unreadable_evaluation_is_one_line_and_leaves_nothing(tmp_path: Path, text: str):
+    (tmp_path / "evaluation.json").write_text(text)
+    with pytest.raises(DataError, match="mlx-distill evaluate RECIPE") as caught:
+        write_report(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
+
+
+def test_a_folder_without_evaluation_says_what_to_run(tmp_path: Path):
+    with pytest.raises(NotFound, match=r"evaluation.json: no such file; .*mlx-distill evaluate RECIPE"):
+        write_report(tmp_path / "none")
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path):
+    run = make_run(tmp_path / "run", minimal=True)
+    with pytest.raises(RunFolderError, match="nowhere"):
+        write_comparison([run], tmp_path / "nowhere" / "report.html")
+
+
+def test_several_runs_stand_side_by_side(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    better = {**MODELS, "student": {**MODELS["student"], "pass@1": 0.9012}}
+    one, two = make_run(tmp_path / "a"), make_run(tmp_path / "b", name="more-steps", models=better)
+    (two / "recipe.yaml").write_text((two / "recipe.yaml").read_text().replace("steps: 600", "steps: 900"))
+    html = write_comparison([one, two], tmp_path / "both.html").read_text()
+    page = Page(html)
+    exact = [tag["value"] for name, tag in page.tags if name == "data"]
+    assert "0.881" in exact and "0.9012" in exact
+    assert "train.steps" in page.text and "900" in page.text
+    assert "train.learning_rate" not in page.text[: page.text.index("How it was made")]
+    assert html.count("<svg") == 4
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path):
+    runs = [make_run(tmp_path / name, minimal=True) for name in ("first", "second")]
+    html = write_comparison(runs, tmp_path / "both.html").read_text()
+    assert str(runs[0]) in html and str(runs[1]) in html
+
+
+def test_the_verdict_says_what_the_numbers_say():
+    lines = verdict(MODELS)
+    assert lines[0] == (
+        "The student keeps 92 % of the teacher's pass@1 at 19 % of its parameters: "
+        "88.1 ± 1.0 % against 95.8 ± 0.6 %."
+    )
+    assert lines[1] == (
+        "Trained without the teacher, the same student reaches a pass@1 of 24.3 ± 1.4 %, "
+        "63.8 ± 1.7 points less; before training its pass@1 was 0.0 %."
+    )
+    assert "KL to the teacher is 0.120 nats/token, against 0.951 for the baseline and 6.170 before training" in lines[2]
+    assert lines[3].startswith("student-4bit takes 0.24 MiB (33 % of the student) and scores 86.0 ± 1.1 % pass@1")
+
+
+def test_the_verdict_does_not_hide_a_failure():
+    def student(score: float) -> list[str]:
+        return verdict({**MODELS, "student": {**MODELS["student"], "pass@1": score}})
+
+    assert "the teacher did not help" in student(0.15)[1]
+    assert "within two standard errors" in student(0.25)[1]
+    assert "did not help" not in student(0.25)[1]
+    assert student(0.9575)[0].startswith("The student keeps 99.9 %")
+    assert student(0.97)[0].startswith("The student reaches 101 %")
+
+
+def test_the_verdict_needs_neither_teacher_nor_baseline():
+    assert verdict({"student": {"pass@1": 0.5}}) == ["The student's pass@1 is 50.0 %."]
+    assert verdict({"student": {"nll": 1.25}, "student_before": {"nll": 4.0}}) == [
+        "The student's nll is 1.250 nats/token, against 4.000 before training."
+    ]
+    assert verdict({"teacher": {"pass@1": 0.9}})[0].startswith("No student was evaluated")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (9999, "9,999"), (12345, "12.3 k"), (999_999, "1.00 M"), (1029312, "1.03 M"), (135e6, "135 M"), (7.6e9, "7.60 B")],
+)
+def test_counts_are_short(value: float, text: str):
+    assert count(value) == text
+
+
+def test_without_a_baseline_the_verdict_says_what_is_not_shown():
+    without = {name: metrics for name, metrics in MODELS.items() if name != "baseline"}
+    assert any("No baseline was trained" in line for line in verdict(without))
+    assert not any("No baseline" in line for line in verdict(MODELS))

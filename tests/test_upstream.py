@@ -1,0 +1,279 @@
+"""What we rely on in MLX and mlx-lm, and the faults there that we work around.
+
+A test here that fails after an upgrade is good news or a warning; its docstring says what to change.
+"""
+
+import inspect
+import sys
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+ON_LINUX_CPU = sys.platform.startswith("linux") and mx.default_device() == mx.Device(mx.cpu)
+only_linux_cpu = pytest.mark.skipif(not ON_LINUX_CPU, reason="a property of the Linux CPU backend")
+
+
+def tiny(model_type: str = "llama", **changes):
+    """A two-layer model of mlx-lm's with random weights, and its configuration."""
+    from mlx_lm.utils import _get_classes
+
+    config = {
+        "model_type": model_type,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 50,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        **changes,
+    }
+    model_class, arguments = _get_classes(config)
+    mx.random.seed(0)
+    model = model_class(arguments.from_dict(config))
+    mx.eval(model.parameters())
+    return model, config
+
+
+def parameters_of(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+# --- mlx: sums, scalars, sampling ---------------------------------------------------------------
+
+
+@only_linux_cpu
+def test_a_whole_array_sum_in_float32_is_wrong():
+    """Why we sum the last axis first, everywhere. Once this fails, that is a habit and no need."""
+    ones = mx.ones((2**12, 2**13))
+    assert ones.sum().item() == 2**24  # half of them are lost
+    assert ones.sum(-1).sum().item() == 2**25
+
+
+@only_linux_cpu
+def test_softmax_of_bfloat16_loses_its_norm():
+    """Why every softmax of ours takes float32."""
+    logits = mx.zeros((70_000,), dtype=mx.bfloat16)
+    assert mx.softmax(logits).astype(mx.float32).sum().item() > 2
+    assert mx.softmax(logits.astype(mx.float32)).sum().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_a_numpy_scalar_on_the_left_leaves_autodiff():
+    """numpy takes the product over and returns its own array: no gradient. Weights are Python floats."""
+    x = mx.ones((3,))
+    assert isinstance(np.float32(2) * x, np.ndarray)
+    assert isinstance(x * np.float32(2), mx.array)
+    with pytest.raises(ValueError, match="scalar array"):
+        mx.grad(lambda x: (np.float32(2) * x).sum())(x)
+    assert mx.grad(lambda x: (2.0 * x).sum())(x).tolist() == [2.0, 2.0, 2.0]
+
+
+def test_a_key_gives_the_same_numbers_whatever_was_drawn_before():
+    """Every draw of ours comes from a key made of (seed, purpose, step)."""
+    first = mx.random.normal((4,), key=mx.random.key(7))
+    mx.random.seed(1)
+    mx.eval(mx.random.normal((100,)))
+    assert mx.array_equal(mx.random.normal((4,), key=mx.random.key(7)), first)
+
+
+def test_a_python_number_is_baked_into_a_compiled_function():
+    """Why learning rates and temperatures enter a compiled step as arrays."""
+    setting = {"scale": 2.0}
+    compiled = mx.compile(lambda x: x * setting["scale"])
+    assert compiled(mx.array(1.0)).item() == 2.0
+    setting["scale"] = 3.0
+    assert compiled(mx.array(1.0)).item() == 2.0  # still
+
+
+def test_learning_rate_schedules_advance_inside_a_compiled_step():
+    """Our schedule is one of mlx.optimizers', read from the optimizer's own step counter."""
+    import mlx.optimizers as optim
+
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = optim.SGD(optim.linear_schedule(1.0, 0.0, 2))
+    state = [model.state, optimizer.state]
+
+    def update(gradient):
+        optimizer.update(model, {"weight": gradient})
+
+    step = mx.compile(update, inputs=state, outputs=state)
+    start, seen = model.weight.item(), []
+    for _ in range(3):
+        step(mx.ones((1, 1)))
+        seen.append(start - model.weight.item())
+        start = model.weight.item()
+    assert seen == pytest.approx([1.0, 0.5, 0.0], abs=1e-6)
+
+
+# --- mlx-lm: training ---------------------------------------------------------------------------
+
+
+def test_default_loss_counts_one_pad_token_a_row():
+    """Why `make_batch` and the objective are ours: its mask is `step <= length`, off by one."""
+    from mlx_lm.tuner.trainer import default_loss
+
+    class Uniform(nn.Module):
+        def __call__(self, tokens):
+            return mx.zeros((*tokens.shape, 50))
+
+    rows = mx.array([[5, 6, 7, 0, 0, 0], [5, 6, 7, 8, 0, 0]])  # three and four tokens, then padding
+    prompts_and_lengths = mx.array([[0, 3], [0, 4]])
+    _, counted = default_loss(Uniform(), rows, prompts_and_lengths)
+    right = (3 - 1) + (4 - 1)  # every token but the first of its row
+    assert counted.item() == right + 2
+
+
+def test_grad_checkpoint_patches_the_class():
+    """Why gradient checkpointing is ours: theirs would slow down a teacher of the student's class too."""
+    from mlx_lm.tuner.trainer import grad_checkpoint
+
+    class Layer(nn.Module):
+        def __call__(self, x):
+            return x
+
+    student, teacher = Layer(), Layer()
+    before = type(teacher).__call__
+    grad_checkpoint(student)
+    assert type(teacher).__call__ is not before
+
+
+def test_lora_layers_take_a_scale_and_no_alpha():
+    """`student.rank` and `student.scale` go on as they are; without `keys` all linear layers are meant."""
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    assert parameters_of(linear_to_lora_layers) == ["model", "num_layers", "config", "use_dora"]
+    model, _ = tiny()
+    with pytest.raises(KeyError, match="scale"):
+        linear_to_lora_layers(model, 2, {"rank": 4, "alpha": 8.0, "dropout": 0.0})
+
+    model.freeze()
+    linear_to_lora_layers(model, 2, {"rank": 4, "scale": 2.0, "dropout": 0.0})
+    trained = {path.rsplit(".", 1)[-1] for path, _ in tree_flatten(model.trainable_parameters())}
+    assert trained == {"lora_a", "lora_b"}
+    layers = {path.split(".")[2] for path, _ in tree_flatten(model.trainable_parameters())}
+    assert layers == {"0", "1"}
+
+
+# --- mlx-lm: models on disk -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model_type", "top_level", "used"),
+    [
+        ("llama", None, 10_000),
+        ("qwen2", None, 1_000_000),
+        ("llama", 500_000.0, 500_000),
+        ("qwen3", None, 500_000),
+    ],
+)
+def test_where_rope_theta_is_read_from(model_type, top_level, used):
+    """transformers 5 nests it in `rope_parameters`, which llama and qwen2 ignore: we write it on top."""
+    nested = {"rope_parameters": {"rope_theta": 500_000.0, "rope_type": "default"}}
+    extra = {} if top_level is None else {"rope_theta": top_level}
+    model, _ = tiny(model_type, **nested, **extra)
+    assert model.model.layers[0].self_attn.rope.base == used
+
+
+def test_save_empties_the_model_unless_told_otherwise():
+    """Why every call of `save` says `donate_model=False`: the student is evaluated after it is saved."""
+    from mlx_lm.utils import save, save_model
+
+    assert inspect.signature(save).parameters["donate_model"].default is True
+    assert inspect.signature(save_model).parameters["donate_model"].default is False
+
+
+def test_a_saved_model_keeps_its_weights_in_memory_and_on_disk(tmp_path):
+    """`save_model` and `save_config` are what export calls."""
+    from mlx_lm.utils import load_model, save_config, save_model
+
+    model, config = tiny()
+    tokens = mx.array([[1, 2, 3]])
+    before = model(tokens)
+    save_model(tmp_path, model, donate_model=False)
+    save_config(dict(config), config_path=tmp_path / "config.json")
+    loaded, _ = load_model(tmp_path)
+    assert mx.array_equal(model(tokens), before)
+    assert mx.array_equal(loaded(tokens), before)
+    assert not loaded.training  # so a loaded student needs `.train()`
+
+
+def test_quantize_model_changes_the_model_in_place_and_the_configuration_in_a_copy():
+    """Export quantizes a copy of the student and writes the configuration that comes back."""
+    from mlx_lm.utils import quantize_model
+
+    model, config = tiny(hidden_size=64, intermediate_size=64, head_dim=32)
+    same, quantized = quantize_model(model, config, 32, 4)
+    assert same is model
+    assert quantized["quantization"] == quantized["quantization_config"]
+    assert {"group_size": 32, "bits": 4}.items() <= quantized["quantization"].items()
+    assert "quantization" not in config
+
+
+# --- mlx-lm: generation ---------------------------------------------------------------------------
+
+
+def test_batch_generator_has_the_shape_that_generate_relies_on():
+    from mlx_lm.generate import BatchGenerator, GenerationBatch
+
+    needed = {"max_tokens", "stop_tokens", "sampler", "completion_batch_size", "prefill_batch_size"}
+    assert needed <= set(parameters_of(BatchGenerator.__init__))
+    assert parameters_of(BatchGenerator.insert)[:3] == ["self", "prompts", "max_tokens"]
+    assert "samplers" in parameters_of(BatchGenerator.insert)
+    fields = set(inspect.get_annotations(GenerationBatch.Response))
+    assert {"uid", "token", "logprobs", "finish_reason"} <= fields
+
+
+def test_batched_greedy_answers_equal_those_one_by_one():
+    """The teacher answers thousands of prompts in batches; neighbours must not change an answer."""
+    from mlx_lm.generate import BatchGenerator
+
+    model, _ = tiny()
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [10]]
+
+    def answers(batch):
+        generator = BatchGenerator(model, max_tokens=6)
+        found = {uid: [] for uid in generator.insert(batch)}
+        while responses := generator.next_generated():
+            for response in responses:
+                found[response.uid].append(response.token)
+        generator.close()
+        return list(found.values())
+
+    together = answers(prompts)
+    assert [len(answer) for answer in together] == [6, 6, 6]
+    assert together == [answers([prompt])[0] for prompt in prompts]
+
+
+def test_batch_generator_sets_the_wired_limit_where_metal_has_one(monkeypatch):
+    """Why we do not build one on a Mac without taking the limit back: panics were reported with it raised."""
+    import mlx_lm.utils
+
+    calls = []
+    monkeypatch.setattr(mx, "device_info", lambda *_: {"max_recommended_working_set_size": 2**30})
+    monkeypatch.setattr(mx, "set_wired_limit", lambda limit: calls.append(limit) or 0)
+    mlx_lm.utils.maybe_set_recommended_wired_limit()
+    assert calls == [2**30]
+    from mlx_lm.generate import BatchGenerator
+
+    model, _ = tiny()
+    BatchGenerator(model).close()
+    assert calls == [2**30, 2**30, 0]  # raised by the constructor, put back by close
+
+
+def test_make_sampler_cuts_the_nucleus_before_it_applies_the_temperature():
+    """Others temper first. At temperature 10 the tokens left out at temperature 1 never come back."""
+    from mlx_lm.sample_utils import make_sampler
+
+    logprobs = mx.log(mx.array([[0.6, 0.3, 0.1]]))
+    sampler = make_sampler(temp=10.0, top_p=0.8)
+    mx.random.seed(0)
+    seen = {sampler(logprobs).item() for _ in range(100)}
+    assert seen == {0, 1}
+    tempered = mx.softmax(logprobs / 10, axis=-1)
+    assert tempered[0, :2].sum().item() < 0.8  # tempered first, the third token would be in the nucleus
