@@ -19,7 +19,7 @@ from mlx_distill.files import write_folder, write_json
 MANIFEST = "manifest.json"
 
 
-def save(folder: Path, student: nn.Module, optimizer: Any, counters: dict[str, float]) -> None:
+def save(folder: Path, student: nn.Module, optimizer: Any, counters: dict[str, Any]) -> None:
     """Write a checkpoint folder, complete or absent.
 
     Args:
@@ -31,41 +31,53 @@ def save(folder: Path, student: nn.Module, optimizer: Any, counters: dict[str, f
         mx.save_safetensors(str(temporary / "weights.safetensors"), weights)
         mx.save_safetensors(str(temporary / "optimizer.safetensors"), dict(tree_flatten(optimizer.state)))
         files = {file.name: _digest(file) for file in sorted(temporary.glob("*.safetensors"))}
-        write_json(temporary / MANIFEST, {"files": files, "counters": counters})
+        manifest = {"files": files, "counters": counters}
+        write_json(temporary / MANIFEST, {**manifest, "sha256": _digest_of(manifest)})
 
     write_folder(folder, fill)
 
 
 def newest(folder: Path, prefix: str) -> Path | None:
     """The newest undamaged checkpoint named `prefix` + `step-NNNNNN`, if there is one."""
-    found = sorted(folder.glob(f"{prefix}step-[0-9]*"), reverse=True)
-    return next((checkpoint for checkpoint in found if is_complete(checkpoint)), None)
+    return next((found for found in _of_stage(folder, prefix) if is_complete(found)), None)
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether every file has the digest that the manifest gives."""
+    """Whether every file has the digest that the manifest gives, and the manifest its own."""
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
-        return all(_digest(checkpoint / name) == digest for name, digest in files.items())
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        own = manifest.pop("sha256")
+        right = all(_digest(checkpoint / name) == digest for name, digest in manifest["files"].items())
+        return right and own == _digest_of(manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
-def load(checkpoint: Path, student: nn.Module, optimizer: Any) -> dict[str, float]:
+def load(checkpoint: Path, student: nn.Module, optimizer: Any) -> dict[str, Any]:
     """Put weights and optimizer state back in place, and give the counters."""
     student.load_weights(str(checkpoint / "weights.safetensors"), strict=False)
-    optimizer.state = tree_unflatten(list(mx.load(str(checkpoint / "optimizer.safetensors")).items()))
+    state: Any = mx.load(str(checkpoint / "optimizer.safetensors"))
+    optimizer.state = tree_unflatten(list(state.items()))
     mx.eval(student.parameters(), optimizer.state)
     return json.loads((checkpoint / MANIFEST).read_text())["counters"]
 
 
-def keep_only(checkpoint: Path, prefix: str) -> None:
-    """Remove the other checkpoints of a stage, once this one is on the drive."""
-    for other in checkpoint.parent.glob(f"{prefix}step-[0-9]*"):
-        if other != checkpoint:
-            shutil.rmtree(other, ignore_errors=True)
+def keep_newest(folder: Path, prefix: str, count: int = 2) -> None:
+    """Remove all but the newest checkpoints of a stage: if the last is damaged, the one before stands in."""
+    for old in _of_stage(folder, prefix)[count:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _of_stage(folder: Path, prefix: str) -> list[Path]:
+    """Checkpoints named `prefix` + `step-NNNNNN`, the newest first."""
+    found = folder.glob(f"{prefix}step-[0-9]*")
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
 
 
 def _digest(file: Path) -> str:
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _digest_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

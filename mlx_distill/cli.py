@@ -1,5 +1,6 @@
 """The command line. Each command imports what it needs when it runs, so that `--help` answers at once."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,7 +22,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a bundled one.")]
+RecipeFile = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a bundled one.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.steps=50.")
 ]
@@ -82,8 +85,12 @@ def export(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, such as runs/quickstart.")],
-    out: Annotated[Path, typer.Option(help="Where a comparison of several runs goes.")] = Path("comparison.html"),
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders, such as runs/quickstart.")
+    ],
+    out: Annotated[Path, typer.Option(help="Where a comparison of several runs goes.")] = Path(
+        "comparison.html"
+    ),
 ) -> None:
     """Write the report of one run anew, or compare several side by side."""
     from mlx_distill.report import write_comparison, write_report
@@ -152,14 +159,26 @@ def _run(
     loaded = _load(recipe, overrides)
     from mlx_distill.console import Console
     from mlx_distill.pipeline import run
+    from mlx_distill.run import ROOT
 
     try:
         run(loaded, Console(), upto=upto, again=again, resume=resume, overwrite=overwrite)
     except DistillError as error:
-        if error.exit_code in (75, 130, 143):
-            again_with = " ".join(["mlx-distill run", recipe, *(overrides or ()), "--resume"])
-            print(f"go on with: {again_with}", file=sys.stderr)
+        if error.exit_code in (75, 130, 143) and (ROOT / loaded.name).exists():
+            command = ["run" if upto == "report" else upto, recipe, *(overrides or ())]
+            # A stage that is done `again` goes on by itself.
+            print(
+                f"go on with: {_program()} {shlex.join(command + ([] if again else ['--resume']))}",
+                file=sys.stderr,
+            )
         raise
+
+
+def _program() -> str:
+    """How this program was started, for commands to copy."""
+    if Path(sys.argv[0]).name == "mlx-distill":
+        return "mlx-distill"
+    return shlex.join([sys.executable, "-m", "mlx_distill"])
 
 
 def main() -> None:

@@ -141,11 +141,11 @@ class _Meter:
         return f"left {clock_time(self.elapsed() * (self.total - self.done) / self.done)}"
 
     def parts(self) -> list[str]:
-        """What stands behind the title: count, share, rate, columns, time left."""
+        """What stands behind the title; a narrow terminal cuts off the end."""
         width = len(str(self.total))
         share = f"{self.done / self.total:4.0%}" if self.total else ""
         columns = [_column(name, value) for name, value in self.columns.items()]
-        parts = [f"{self.done:>{width}}/{self.total} {self.unit}", share, self.rate(), *columns, self.left()]
+        parts = [f"{self.done:>{width}}/{self.total} {self.unit}", share, self.rate(), self.left(), *columns]
         return [part for part in parts if part]
 
     def line(self) -> str:
@@ -153,9 +153,8 @@ class _Meter:
 
     def closing_line(self) -> str:
         columns = [_column(name, value) for name, value in self.columns.items()]
-        return "  ".join(
-            [self.title, f"{self.done} {self.unit}", *columns, self.rate(), f"in {clock_time(self.elapsed())}"]
-        )
+        took = f"in {clock_time(self.elapsed())}"
+        return "  ".join([self.title, f"{self.done} {self.unit}", *columns, self.rate(), took])
 
 
 class _Bars:
@@ -170,9 +169,7 @@ class _Bars:
         self.works = self._rich.is_terminal and not self._rich.is_dumb_terminal
         self._meters: list[_Meter] = []
         # Transient: what stays behind is the closing line, not a bar.
-        self._live = Live(
-            get_renderable=self._draw, console=self._rich, refresh_per_second=4, transient=True
-        )
+        self._live = Live(get_renderable=self._draw, console=self._rich, refresh_per_second=4, transient=True)
 
     def add(self, meter: _Meter) -> None:
         self._meters.append(meter)
@@ -194,10 +191,12 @@ class _Bars:
         from rich.table import Table
         from rich.text import Text
 
+        width = 24 if self._rich.width >= 110 else 10
         table = Table.grid(padding=(0, 2, 0, 0))
         for meter in [meter for meter in self._meters if meter.elapsed() > QUIET]:
-            bar = ProgressBar(total=meter.total or 1, completed=min(meter.done, meter.total), width=24)
-            table.add_row(Text(meter.title), bar, Text("  ".join(meter.parts()), overflow="ellipsis", no_wrap=True))
+            bar = ProgressBar(total=meter.total or 1, completed=min(meter.done, meter.total), width=width)
+            numbers = Text("  ".join(meter.parts()), overflow="ellipsis", no_wrap=True)
+            table.add_row(Text(meter.title), bar, numbers)
         return table if table.rows else Text("", end="")
 
 

@@ -18,7 +18,7 @@ _INK, _FAINT, _LINE = "#0000fa", "#0000fb", "#0000fc"
 _STAND_INS = {_INK: "currentColor", _FAINT: "var(--faint)", _LINE: "var(--line)"}
 _STAND_INS |= {f"#0001{index:02x}": f"var(--c{index})" for index in range(8)}
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 10,
     "text.color": _INK,
@@ -172,7 +172,7 @@ def _label(figure: Any, axes: Any, points: Sequence[Point]) -> None:
             # The layout must not make room for a name, or the points would move under it.
             text.set_in_layout(False)
             box = text.get_window_extent(figure.canvas.get_renderer())
-            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 + 8 and frame.y0 <= box.y0 and box.y1 <= frame.y1 + 8
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
             free = all(box.x1 < a or box.x0 > c or box.y1 < b or box.y0 > d for a, b, c, d in taken)
             if (inside and free) or place == len(sides) - 1:
                 taken.append((box.x0, box.y0, box.x1, box.y1))

@@ -24,7 +24,8 @@ class Metric(NamedTuple):
         """The name without its unit, which stands below it in a table."""
         for unit in ("_tokens_per_second", "_per_token", "_seconds", "_mib", "_gib", "_ms"):
             if self.unit and self.name.endswith(unit):
-                return self.name.removesuffix(unit).replace("_", " ") + (" time" if unit == "_seconds" else "")
+                name = self.name.removesuffix(unit).replace("_", " ")
+                return f"{name} time" if unit == "_seconds" else name
         return self.name.replace("_", " ")
 
     def measured(self, metrics: Mapping[str, Any] | None) -> float | None:
@@ -81,7 +82,7 @@ QUALITY = (
     Metric("rouge2", "common word pairs with the best reference", "", "higher"),
     Metric("kl", "mean KL(teacher‖model)", "nats/token", "lower"),
     Metric("kl_p95", "95th percentile over tokens of KL(teacher‖model)", "nats/token", "lower"),
-    Metric("top1_agreement", "tokens where the model's first choice is the teacher's", "%", "higher", percent),
+    Metric("top1_agreement", "tokens whose likeliest choice is the teacher's", "%", "higher", percent),
     Metric("nll", "-log of the probability of the labels", "nats/token", "lower"),
     Metric("bits_per_byte", "the same, in bits per byte of text", "", "lower"),
     Metric("ece", "expected calibration error", "", "lower"),
@@ -98,12 +99,18 @@ COST = (
     Metric("train_seconds", "time in training", "s", "", seconds),
 )
 
+COLORS = {"teacher": 0, "student": 1, "baseline": 2, "student_before": 3}  # the page's --c0 to --c3
 LABELS = {"student_before": "student before training", "baseline": "baseline, no teacher"}
 
 
 def label(model: str) -> str:
     """The name of a model of `evaluation.json`, as people read it."""
     return LABELS.get(model, model)
+
+
+def color(model: str) -> int:
+    """Which of the report's colours a model has, everywhere on the page."""
+    return COLORS.get(model, 4)
 
 
 def ordered(models: Models) -> list[str]:
@@ -121,5 +128,9 @@ def others(models: Models) -> tuple[Metric, ...]:
         for name, value in metrics.items()
         if name not in known and (value is None or number(value) is not None)
     }
-    extra = [name for name in names if not name.endswith(("_stderr", "_why")) and name != "problems"]
+    extra = [
+        name
+        for name in names
+        if not name.endswith(("_stderr", "_why")) and name not in ("problems", "summaries")
+    ]
     return tuple(Metric(name, "", write=lambda value: f"{value:.6g}") for name in extra)

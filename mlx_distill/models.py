@@ -12,7 +12,6 @@ from mlx_distill.errors import ModelError
 from mlx_distill.hub import model_folder
 from mlx_distill.keys import seed_global
 from mlx_distill.recipe import Shape
-from mlx_distill.safetensors_check import check_weights
 
 
 class Loaded(NamedTuple):
@@ -36,7 +35,6 @@ def load(name: str, where: str) -> Loaded:
     from mlx_lm.utils import load_model
 
     folder = model_folder(name, where)
-    check_weights(folder)
     try:
         model, config = load_model(folder, model_config=_rope(folder))
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -49,9 +47,8 @@ def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
     """The tokenizer of a model folder, with every end-of-turn id that its config names."""
     from mlx_lm.tokenizer_utils import load as load_wrapped
 
-    if config is None:
-        config = json.loads((folder / "config.json").read_text())
-    ends = config.get("eos_token_id")
+    read = json.loads((folder / "config.json").read_text()) if config is None else config
+    ends = read.get("eos_token_id")
     generation = folder / "generation_config.json"
     if generation.is_file():  # where instruct models name the end of a turn
         ends = json.loads(generation.read_text()).get("eos_token_id", ends)
@@ -73,7 +70,7 @@ def build(shape: Shape, tokenizer: Any, seed: int) -> Loaded:
     config["eos_token_id"] = tokenizer.eos_token_id
     if tokenizer.bos_token_id is not None:
         config["bos_token_id"] = tokenizer.bos_token_id
-    names = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+    names = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
     config["architectures"] = [names[shape.model_type]]
     seed_global(seed, "initial weights")
     model_class, arguments = _get_classes(config)
@@ -98,7 +95,9 @@ def save(folder: Path, loaded: Loaded) -> None:
 
 def fused(loaded: Loaded) -> Loaded:
     """The model with LoRA or DoRA matrices merged into the weights they adapt, in place."""
-    layers = [(name, module.fuse()) for name, module in loaded.model.named_modules() if hasattr(module, "fuse")]
+    layers = [
+        (name, module.fuse()) for name, module in loaded.model.named_modules() if hasattr(module, "fuse")
+    ]
     if layers:
         loaded.model.update_modules(tree_unflatten(layers))
     return loaded
@@ -112,7 +111,8 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def trainable_count(model: nn.Module) -> int:
-    return sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
+    arrays: Any = tree_flatten(model.trainable_parameters())
+    return sum(array.size for _, array in arrays)
 
 
 def _rope(folder: Path) -> dict[str, Any]:

@@ -42,7 +42,8 @@ def learning_rate(train: Train) -> Callable[[mx.array], mx.array]:
 
 def norm(gradients: Any) -> mx.array:
     """Euclidean norm over all arrays of a tree, in float32."""
-    squares = [mx.square(g.astype(mx.float32)).sum(-1).sum() for _, g in tree_flatten(gradients)]
+    arrays: Any = tree_flatten(gradients)
+    squares = [mx.square(g.astype(mx.float32)).sum(-1).sum() for _, g in arrays]
     return mx.sqrt(sum(squares, mx.array(0.0)))
 
 

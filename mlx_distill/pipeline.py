@@ -4,8 +4,9 @@ Each stage leaves its result in the run folder, whole or not at all; a resumed r
 one that is missing.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +16,22 @@ import mlx.nn as nn
 from mlx_distill import models
 from mlx_distill.console import Console
 from mlx_distill.data.batch import Batches, Encoded
-from mlx_distill.data.template import end_of_turn_ids
-from mlx_distill.errors import DataError, RunFolderError
+from mlx_distill.data.sources import digest
+from mlx_distill.data.template import decode_answer, end_of_turn_ids
+from mlx_distill.errors import DataError, DistillError, Stopped
 from mlx_distill.evaluate.fidelity import fidelity
-from mlx_distill.evaluate.model import Judged, TestSet, measure
-from mlx_distill.files import write_folder, write_json
+from mlx_distill.evaluate.stage import evaluate_models, export_student
 from mlx_distill.generate import generate
-from mlx_distill.models import Loaded
-from mlx_distill.preflight import Prepared, prepare
+from mlx_distill.interrupt import Interrupts
+from mlx_distill.preflight import prepare
 from mlx_distill.quantize import quantized
 from mlx_distill.recipe import Recipe, Term
-from mlx_distill.run import Run, StageLog, open_run
-from mlx_distill.student import make_student
+from mlx_distill.run import StageLog, check_folder, open_run
 from mlx_distill.teacher import LiveTeacher, NoTeacher
 from mlx_distill.train import train
+from mlx_distill.work import Work
 
 STAGES = ("generate", "train", "baseline", "quantize", "evaluate", "export", "report")
-
-
-@dataclass
-class Work:
-    """What the stages of one run share."""
-
-    run: Run
-    recipe: Recipe
-    prepared: Prepared
-    _teacher: Loaded | None = None
-
-    def teacher(self) -> Loaded:
-        """The teacher, loaded when first needed."""
-        if self._teacher is None:
-            assert self.recipe.teacher is not None  # stages ask only where there is one
-            self._teacher = models.load(self.recipe.teacher.model, "teacher.model")
-        return self._teacher
-
-    def live_teacher(self) -> LiveTeacher | None:
-        return None if self.recipe.teacher is None else LiveTeacher(self.teacher(), self.prepared.vocabulary)
-
-    def new_student(self) -> Loaded:
-        return make_student(self.recipe.student, self.prepared.tokenizer, self.recipe.seed)
 
 
 def run(
@@ -75,43 +53,50 @@ def run(
     Raises:
         DistillError: what is wrong, or why the run stopped; see `errors.py` for the exit codes.
     """
-    check_folder(recipe, root, resume=resume, overwrite=overwrite)
-    prepared = prepare(recipe)
-    opened = open_run(recipe, prepared.fingerprint, console, resume=resume, overwrite=overwrite, root=root)
-    if mx.default_device() == mx.cpu:
-        mx.set_cache_limit(2 << 30)  # the default of 32 MiB maps and unmaps memory at every step
-    if again:
-        opened.forget(set(STAGES[STAGES.index(upto) :]))
-    work = Work(opened, recipe, prepared)
-    console.say(_headline(work))
-    stages: dict[str, Callable[[Work], dict[str, Any]]] = {
-        "generate": generate_answers,
-        "train": train_student,
-        "baseline": train_baseline,
-        "quantize": quantize_student,
-        "evaluate": evaluate_models,
-        "export": export_student,
-        "report": report,
-    }
-    with opened.interrupts.caught():
+    interrupts = Interrupts()
+    with interrupts.caught(), resumable_if_full():
+        check_folder(recipe, resume=resume, overwrite=overwrite, root=root)
+        prepared = prepare(recipe, console.progress)
+        opened = open_run(
+            recipe, prepared.fingerprint, console, interrupts, resume=resume, overwrite=overwrite, root=root
+        )
+        if mx.default_device() == mx.cpu:
+            mx.set_cache_limit(2 << 30)  # the default of 32 MiB maps and unmaps memory at every step
+        if again:
+            opened.forget(set(STAGES[STAGES.index(upto) :]))
+        work = Work(opened, recipe, prepared)
+        console.say(_headline(work))
+        stages: dict[str, Callable[[Work], dict[str, Any]]] = {
+            "generate": generate_answers,
+            "train": train_student,
+            "baseline": train_baseline,
+            "quantize": quantize_student,
+            "evaluate": evaluate_models,
+            "export": export_student,
+            "report": report,
+        }
+        # What a stage depends on beside the fingerprint: where it is another now, the stage is done again.
+        options = {
+            "baseline": recipe.evaluate.baseline,
+            "quantize": recipe.quantize and recipe.quantize.model_dump(),
+            "evaluate": [recipe.evaluate.model_dump(), digest(prepared.test_rows)],
+        }
         for name in STAGES[: STAGES.index(upto) + 1]:
-            opened.stage(name, lambda work_on=stages[name]: work_on(work))
+            opened.stage(name, lambda work_on=stages[name]: work_on(work), options.get(name))
     return opened.folder
 
 
-def check_folder(recipe: Recipe, root: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder that is taken or cannot be written, before anything is read."""
-    folder = root / recipe.name
-    if folder.exists() and not (resume or overwrite):
-        raise RunFolderError(
-            f"{folder} holds a run already: go on with --resume, replace it with --overwrite, "
-            f"or choose another name with name={recipe.name}-2"
-        )
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    import os
-
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise RunFolderError(f"{folder}: {parent} cannot be written; check its permissions or run elsewhere")
+@contextmanager
+def resumable_if_full() -> Iterator[None]:
+    """Turn a full drive into `Stopped`: with more room the run goes on where it was."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, DistillError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise Stopped(
+            f"the drive is full ({error.filename or 'run folder'}); make room, then go on"
+        ) from error
 
 
 def generate_answers(work: Work) -> dict[str, Any]:
@@ -132,7 +117,7 @@ def generate_answers(work: Work) -> dict[str, Any]:
     )
     rows, reasons = [], {}
     for (row, tokens), answer in zip(asked, answers, strict=True):
-        text = teacher.tokenizer.decode(answer.tokens, skip_special_tokens=True)
+        text = decode_answer(answer.tokens, teacher.tokenizer)
         reason = None
         if not answer.finished:
             reason = f"unfinished within {options.max_tokens} tokens"
@@ -142,14 +127,23 @@ def generate_answers(work: Work) -> dict[str, Any]:
             reason = f"longer than data.max_tokens {work.recipe.data.max_tokens}"
         if reason:
             reasons[reason] = reasons.get(reason, 0) + 1
-        prompt = row.prompt if row.prompt is not None else str((row.messages or ({},))[-1].get("content"))
-        rows.append({"prompt": prompt, "answer": text, "tokens": answer.tokens, "kept": not reason, "reason": reason})
+        rows.append(
+            {
+                "prompt": row.question(),
+                "answer": text,
+                "tokens": answer.tokens,
+                "kept": not reason,
+                "reason": reason,
+            }
+        )
     kept = sum(row["kept"] for row in rows)
     work.run.write_rows("generated", rows)
     dropped = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none"
     work.run.console.say(f"teacher answers: {kept} of {len(rows)} kept (dropped: {dropped})")
     if not kept:
-        raise DataError(f"`generate`: no answer of the teacher was kept ({dropped}); raise `generate.max_tokens`?")
+        raise DataError(
+            f"`generate`: no answer of the teacher was kept ({dropped}); raise `generate.max_tokens`?"
+        )
     return {"written": len(rows), "kept": kept, "dropped": reasons}
 
 
@@ -208,7 +202,7 @@ def _train(
             validate if work.prepared.valid else None,
         )
     models.fused(student)
-    write_folder(work.run.model(stage), lambda folder: models.save(folder, student))
+    work.save(stage, student)
     return {"train_tokens": used.train_tokens, "train_seconds": used.train_seconds, "rows": len(rows)}
 
 
@@ -220,91 +214,8 @@ def quantize_student(work: Work) -> dict[str, Any]:
     student = models.load(str(work.run.model("student")), "student")
     small = quantized(student, options)
     name = f"student-{options.bits}bit"
-    write_folder(work.run.model(name), lambda folder: models.save(folder, small))
+    work.save(name, small)
     return {"model": name}
-
-
-def evaluate_models(work: Work) -> dict[str, Any]:
-    """Measure every model of the run on `data.test`, and write `evaluation.json`."""
-    if not work.recipe.evaluate.tasks:
-        return {}
-    prepared, options = work.prepared, work.recipe.evaluate
-    counted = [row.tokens[row.start :] for row in prepared.test]
-    decoded = [prepared.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in counted]
-    test = TestSet(prepared.test_rows, prepared.test, sum(len(text.encode()) for text in decoded))
-    live = work.live_teacher()
-    stages = work.run.stages()
-    metrics: dict[str, Any] = {}
-    answers: dict[str, list[Judged]] = {}
-
-    def add(name: str, loaded: Loaded, folder: Path | None, teacher: LiveTeacher | None) -> None:
-        metrics[name], answers[name] = measure(
-            name,
-            loaded,
-            test,
-            options,
-            prepared.vocabulary,
-            teacher=teacher,
-            folder=folder,
-            progress=work.run.progress,
-        )
-        for key in ("train_tokens", "train_seconds"):
-            source = {"student": "train"}.get(name, name)
-            if key in stages.get(source, {}):
-                metrics[name][key] = stages[source][key]
-
-    if live is not None:
-        add("teacher", work.teacher(), prepared.teacher_folder, None)
-    add("student_before", models.fused(work.new_student()), None, live)
-    saved = ["baseline", "student"] + ([stages["quantize"]["model"]] if work.recipe.quantize else [])
-    for name in saved:
-        folder = work.run.model(name)
-        if name == "baseline" and "why" in stages["baseline"]:
-            continue
-        add(name, models.load(str(folder), name), folder, live)
-    write_json(
-        work.run.folder / "evaluation.json", {"schema": 1, "recipe": work.recipe.name, "models": metrics}
-    )
-    work.run.write_rows("evaluation", _side_by_side(test, answers))
-    return {"models": list(metrics)}
-
-
-def _side_by_side(test: TestSet, answers: dict[str, list[Judged]]) -> list[dict[str, Any]]:
-    """What each model wrote for each test row that was scored."""
-    rows = []
-    for i, row in enumerate(test.rows):
-        said = {name: judged[i] for name, judged in answers.items() if judged[i].score is not None}
-        if said:
-            prompt = row.prompt if row.prompt is not None else str((row.messages or ({},))[0].get("content"))
-            rows.append(
-                {
-                    "task": row.task,
-                    "prompt": prompt,
-                    "reference": row.completion or "",
-                    "answers": {name: judged._asdict() for name, judged in said.items()},
-                }
-            )
-    return rows
-
-
-def export_student(work: Work) -> dict[str, Any]:
-    """Compare each model that others will load with what a fresh process makes of its folder."""
-    from mlx_distill.evaluate.fresh import check_equal, fresh_look
-
-    row = (work.prepared.test or work.prepared.train or work.prepared.valid)[:1]
-    probe = row[0].tokens if row else work.prepared.prompts[0][1]
-    result: dict[str, Any] = {}
-    quantize = work.recipe.quantize
-    for name in ["student"] + ([f"student-{quantize.bits}bit"] if quantize else []):
-        folder = work.run.model(name)
-        loaded = models.load(str(folder), name)
-        expected = loaded.model(mx.array(probe)[None])[0].astype(mx.float32)
-        look = fresh_look(folder, probe, speed=False)
-        import numpy as np
-
-        result[name] = {"largest_difference": check_equal(folder, np.array(expected), look.logits)}
-        work.run.console.say(f"{folder}: opens in plain mlx_lm.load and computes the same logits")
-    return result
 
 
 def report(work: Work) -> dict[str, Any]:
@@ -322,6 +233,7 @@ def _headline(work: Work) -> str:
     dropped = sum(prepared.dropped.values())
     note = f", {dropped} too long for data.max_tokens" if dropped else ""
     return (
-        f"{work.run.folder}: {len(prepared.train)} labelled rows, {len(prepared.prompts)} prompts for the teacher, "
-        f"{len(prepared.valid)} valid, {len(prepared.test)} test{note}"
+        f"{work.run.folder}: {len(prepared.train)} labelled rows, "
+        f"{len(prepared.prompts)} prompts for the teacher, {len(prepared.valid)} valid, "
+        f"{len(prepared.test)} test{note}"
     )

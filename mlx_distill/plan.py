@@ -36,7 +36,9 @@ def _facts(recipe: Recipe, prepared: Prepared) -> Iterator[str]:
     yield f"vocabulary: {prepared.vocabulary} tokens"
     train = recipe.train
     each = train.batch_tokens * train.micro_batches
-    yield f"train: {train.steps} steps of about {each} tokens, padding included: {train.steps * each} in all"
+    yield (
+        f"train: {train.steps} steps of about {each} tokens, padding included: {train.steps * each} in all"
+    )
     if prepared.train:
         epoch = Batches(prepared.train, train.batch_tokens, recipe.seed).per_epoch
         yield f"labelled rows alone fill {epoch} batches; the baseline sees them {_times(train, epoch):.1f} times"

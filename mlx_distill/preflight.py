@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from mlx_distill.data.batch import Encoded
 from mlx_distill.data.rows import Row
 from mlx_distill.data.template import encode, encode_prompt
 from mlx_distill.errors import DataError, RecipeError
-from mlx_distill.hub import model_folder
+from mlx_distill.hub import is_name, model_folder
 from mlx_distill.models import load_tokenizer
-from mlx_distill.recipe import Data, Recipe, fingerprint
-from mlx_distill.safetensors_check import check_weights
+from mlx_distill.progress import Progress, silent
+from mlx_distill.recipe import Data, Recipe, Source, fingerprint
 from mlx_distill.teacher import check_same_vocabulary
 from mlx_distill.tokenizer import train_tokenizer
 
@@ -37,23 +38,27 @@ class Prepared:
     dropped: dict[str, int] = field(default_factory=dict)  # rows of each key longer than max_tokens
 
 
-def prepare(recipe: Recipe) -> Prepared:
+def prepare(recipe: Recipe, progress: Progress = silent) -> Prepared:
     """Check all of a recipe that needs no weights.
 
     Raises:
         DistillError: what is wrong, in one line.
     """
-    rows = read_rows(recipe.data)
+    folders = _folders(recipe, lambda name: not is_name(name) or os.path.exists(name))
+    if recipe.evaluate.tasks and sources.expand(recipe.data)["test"] is None:
+        tasks = ", ".join(recipe.evaluate.tasks)
+        raise RecipeError(f"`evaluate.tasks` [{tasks}] measure on `data.test`, which is missing")
+    rows = read_rows(recipe.data, progress)
     _check_evaluation(recipe, rows["test"])
-    teacher_folder, tokenizer = None, None
-    if recipe.teacher is not None:
-        teacher_folder = model_folder(recipe.teacher.model, "teacher.model")
-        check_weights(teacher_folder)
+    folders |= _folders(recipe, lambda name: True)  # from the Hub, once all that is here was seen to be right
+    teacher_folder, student_folder = folders.get("teacher"), folders.get("student")
+    if teacher_folder is not None and student_folder is not None:
+        _check_tokenizer_files(student_folder, teacher_folder)
+    tokenizer = None
+    if teacher_folder is not None:
         tokenizer = load_tokenizer(teacher_folder)
-    if recipe.student.model is not None:
-        folder = model_folder(recipe.student.model, "student.model")
-        check_weights(folder)
-        own = load_tokenizer(folder)
+    if student_folder is not None:
+        own = load_tokenizer(student_folder)
         if tokenizer is not None:
             check_same_vocabulary(own, tokenizer)
         tokenizer = own
@@ -75,10 +80,14 @@ def prepare(recipe: Recipe) -> Prepared:
     _refuse_none("prompts", rows["prompts"], prompts, min((len(t) for _, t in asked), default=0), recipe)
     dropped["prompts"] = len(asked) - len(prompts)
 
-    trained_on = [encoded["train"], encoded["valid"], [tokens for _, tokens in prompts]]
+    trained_on = [encoded["train"], [tokens for _, tokens in prompts]]
     return Prepared(
         recipe,
-        fingerprint(recipe, hashlib.sha256(json.dumps(trained_on).encode()).hexdigest()),
+        fingerprint(
+            recipe,
+            hashlib.sha256(json.dumps(trained_on).encode()).hexdigest(),
+            *(f"{key} {_digest(folder)}" for key, folder in sorted(folders.items())),
+        ),
         tokenizer,
         max(tokenizer.get_vocab().values()) + 1,
         teacher_folder,
@@ -91,18 +100,56 @@ def prepare(recipe: Recipe) -> Prepared:
     )
 
 
-def read_rows(data: Data) -> dict[str, list[Row]]:
+def read_rows(data: Data, progress: Progress = silent) -> dict[str, list[Row]]:
     """Rows of train, prompts, valid and test; empty where the recipe names none."""
-    return {
-        key: [] if source is None else sources.read(source, key) for key, source in sources.expand(data).items()
-    }
+    named = sources.expand(data)
+    rows: dict[str, list[Row]] = {}
+    with progress("reading data", len(named), "sources") as advance:
+        # Corpora last: they are generated, which takes seconds, and a wrong path should show at once.
+        for key, source in sorted(named.items(), key=lambda one: one[1] is not None and _is_corpus(one[1])):
+            rows[key] = [] if source is None else sources.read(source, key)
+            advance()
+    return rows
+
+
+def _is_corpus(source: Source) -> bool:
+    return source.source in sources.CORPORA
+
+
+def _folders(recipe: Recipe, wanted: Callable[[str], bool]) -> dict[str, Path]:
+    """Folders of the models that the recipe loads, and that are wanted by name; their files are checked."""
+    named = {"teacher": recipe.teacher and recipe.teacher.model, "student": recipe.student.model}
+    return {key: model_folder(name, f"{key}.model") for key, name in named.items() if name and wanted(name)}
+
+
+def _check_tokenizer_files(student: Path, teacher: Path) -> None:
+    """Compare two tokenizer.json, where both are there: transformers, which loads any, takes a second."""
+    from tokenizers import Tokenizer
+
+    files = [folder / "tokenizer.json" for folder in (student, teacher)]
+    if all(file.is_file() for file in files):
+        try:
+            ours, theirs = (Tokenizer.from_file(str(file)) for file in files)
+        except Exception:  # the loader, which knows more forms, will say what is wrong
+            return
+        check_same_vocabulary(ours, theirs)
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 of a model's config and of both ends of its weight files: other weights differ everywhere."""
+    whole = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("model*.safetensors")):
+        size = path.stat().st_size
+        whole.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            whole.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            whole.update(file.read())
+    return whole.hexdigest()
 
 
 def _check_evaluation(recipe: Recipe, test: Sequence[Row]) -> None:
-    quality = [task for task in recipe.evaluate.tasks if task != "speed"]
-    if recipe.evaluate.tasks and not test:
-        raise RecipeError(f"`evaluate.tasks` {recipe.evaluate.tasks} measure on `data.test`, which is missing")
-    for task in quality:
+    for task in recipe.evaluate.tasks:
         if task in ("code", "summary") and not any(row.task == task for row in test):
             need = "`tests`" if task == "code" else "`references`"
             raise DataError(f"`evaluate.tasks`: {task!r} needs rows with {need} in `data.test`; it has none")

@@ -1,5 +1,8 @@
 """The finished student in few bits, with mlx-lm's round-to-nearest."""
 
+import contextlib
+import io
+
 from mlx_distill.errors import RecipeError
 from mlx_distill.models import Loaded
 from mlx_distill.recipe import Quantize
@@ -13,7 +16,8 @@ def quantized(loaded: Loaded, options: Quantize) -> Loaded:
     """
     from mlx_lm.utils import quantize_model
 
-    model, config = quantize_model(loaded.model, loaded.config, options.group_size, options.bits)
+    with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints the bits a weight
+        model, config = quantize_model(loaded.model, loaded.config, options.group_size, options.bits)
     if not any(hasattr(module, "bits") for _, module in model.named_modules()):
         raise RecipeError(
             f"`quantize.group_size`: {options.group_size} divides no matrix of the student; use 32, "

@@ -5,12 +5,10 @@ raises one `RecipeError` that lists every mistake with its path. No other module
 The top-level keys are the modules that a batch meets, in that order.
 """
 
-import difflib
 import hashlib
-import inspect
 import json
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -21,6 +19,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
@@ -28,6 +27,7 @@ from pydantic import (
 
 from mlx_distill.errors import NotFound, RecipeError
 from mlx_distill.losses import LOSSES, options_of
+from mlx_distill.mistakes import explain, nearest, shown, wanted
 from mlx_distill.strict_yaml import parse_value, parse_yaml
 
 EVALUATION_TASKS = ("fidelity", "code", "summary", "speed")
@@ -42,7 +42,8 @@ class Section(BaseModel):
 class Shape(Section):
     """The `config.json` of a model built from scratch, in Hugging Face's names."""
 
-    model_type: Literal["llama", "qwen2", "qwen3"] = "llama"
+    # No qwen2: transformers opens every tokenizer in such a folder as Qwen's own, and text is lost.
+    model_type: Literal["llama", "qwen3"] = "llama"
     hidden_size: PositiveInt
     intermediate_size: PositiveInt  # width of the feed-forward layers
     num_hidden_layers: PositiveInt
@@ -58,9 +59,9 @@ class Shape(Section):
     def check_heads(self) -> Self:
         heads, kv = self.num_attention_heads, self.num_key_value_heads
         if kv is not None and heads % kv:
-            raise ValueError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv}")
+            raise ValueError(f"{heads} attention heads are no multiple of {kv} key and value heads")
         if self.head_dim is None and self.hidden_size % heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {heads}")
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {heads} attention heads")
         if (self.head_dim or self.hidden_size // heads) % 2:
             raise ValueError("the size of a head must be even, for rotary positions")
         return self
@@ -213,47 +214,58 @@ class Recipe(Section):
         """Gather each loss's own options, checked against the signature of its function."""
         if not isinstance(value, dict) or not value:
             raise ValueError("a mapping from losses to their options, such as {forward_kl: {weight: 1.0}}")
-        terms = {}
+        terms, mistakes = {}, []
         for name, given in value.items():
-            if name not in LOSSES:
-                raise ValueError(f"unknown loss `{name}`{_nearest(name, LOSSES)}")
             given = {} if given is None else given
-            if not isinstance(given, dict):
-                raise ValueError(f"`{name}` takes a mapping, such as {{weight: 1.0}}; got {given!r}")
-            if set(given) == {"weight", "options"} and isinstance(given["options"], dict):
-                given = {"weight": given["weight"], **given["options"]}
-            options = {key: option for key, option in given.items() if key != "weight"}
-            _check_options(name, options)
-            terms[name] = {"weight": given.get("weight", 1.0), "options": options}
+            if name not in LOSSES:
+                mistakes.append(f"unknown loss `objective.{name}`{nearest(name, LOSSES, ['objective'])}")
+            elif not isinstance(given, dict):
+                mistakes.append(f"`objective.{name}`: a mapping, such as {{weight: 1.0}}; got {shown(given)}")
+            else:
+                options = {key: option for key, option in given.items() if key != "weight"}
+                mistakes += _check_options(name, options)
+                terms[name] = {"weight": given.get("weight", 1.0), "options": options}
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
         return terms
 
     @model_validator(mode="after")
     def check_together(self) -> Self:
+        mistakes = []
         needs_teacher = [name for name in self.objective if "cross_entropy" not in name]
         if self.teacher is None and needs_teacher:
-            raise ValueError(f"objective `{needs_teacher[0]}` needs a `teacher`")
+            mistakes.append(f"objective `{needs_teacher[0]}` needs a `teacher`")
         if self.teacher is None and self.data.prompts is not None:
-            raise ValueError("`data.prompts` are answered by the teacher; name a `teacher`")
+            mistakes.append("`data.prompts` are answered by the teacher; name a `teacher`")
         if self.teacher is None and self.student.shape is not None and self.student.tokenizer is None:
-            raise ValueError("a new `student.shape` needs a `teacher` (for its tokenizer) or `student.tokenizer`")
+            mistakes.append("`student.shape` needs a `teacher`, for its tokenizer, or `student.tokenizer`")
         if self.teacher is not None and self.student.tokenizer is not None:
-            raise ValueError("`student.tokenizer`: with a teacher the student uses the teacher's tokenizer")
+            mistakes.append("`student.tokenizer`: with a teacher the student uses the teacher's")
         if self.student.tokenizer is not None and self.data.train is None:
-            raise ValueError("`student.tokenizer` is trained on `data.train`, which is missing")
+            mistakes.append("`student.tokenizer` is trained on `data.train`, which is missing")
         if self.train.warmup >= self.train.steps:
-            raise ValueError(f"train.warmup {self.train.warmup} must be less than train.steps {self.train.steps}")
+            steps = self.train.steps
+            mistakes.append(f"`train.warmup` {self.train.warmup} must be less than `train.steps` {steps}")
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
         return self
 
 
-def _check_options(loss: str, options: dict[str, Any]) -> None:
-    known = options_of(loss)
+def _check_options(loss: str, options: dict[str, Any]) -> list[str]:
+    """Mistakes in the options of a loss, by the types in the signature of its function."""
+    known, place, mistakes = options_of(loss), f"objective.{loss}", []
     for key, value in options.items():
         if key not in known:
-            raise ValueError(f"unknown option `{loss}.{key}`{_nearest(key, [*known, 'weight'])}")
-        wanted = known[key]
-        right = isinstance(value, (int, float) if wanted is float else wanted)
-        if not right or (isinstance(value, bool) and wanted is not bool):
-            raise ValueError(f"`{loss}.{key}`: a {wanted.__name__}; got {value!r}")
+            near = nearest(key, [*known, "weight"], place.split("."))
+            mistakes.append(f"unknown option `{place}.{key}`{near}")
+            continue
+        try:
+            TypeAdapter(known[key], config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(
+                value
+            )
+        except ValidationError as error:
+            mistakes.append(f"`{place}.{key}`: {wanted(error.errors()[0])}; got {shown(value)}")
+    return mistakes
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -281,15 +293,14 @@ def decode(tree: dict[str, Any], where: str | Path = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError("\n".join(f"{where}: {line}" for line in _explain(error))) from None
+        raise RecipeError("\n".join(f"{where}: {line}" for line in explain(error, Recipe))) from None
 
 
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default written out; `load` reads it back equal."""
     tree = recipe.model_dump(mode="json")
     tree["objective"] = {
-        name: {"weight": term.weight, **{key: option for key, option in term.options.items()}}
-        for name, term in recipe.objective.items()
+        name: {"weight": term.weight, **term.options} for name, term in recipe.objective.items()
     }
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
 
@@ -297,16 +308,27 @@ def dump(recipe: Recipe) -> str:
 def fingerprint(recipe: Recipe, *extra: str) -> str:
     """16 hex digits of SHA-256 over all that determines the student, and nothing else.
 
-    Names, logging, saving, evaluation and export may differ between runs of one fingerprint.
-
     Args:
         extra: what stands outside the recipe, such as digests of data files and weights.
     """
-    tree = recipe.model_dump(mode="json", exclude={"name", "evaluate", "export"})
-    for key in ("log_every", "eval_every", "save_every"):
-        del tree["train"][key]
-    text = json.dumps([tree, *extra], sort_keys=True, separators=(",", ":"))
+    text = json.dumps([determining(recipe), *extra], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def determining(recipe: Recipe) -> dict[str, Any]:
+    """The options that determine the student, as plain values.
+
+    What is watched, logged, saved and measured, and what happens to the finished student, may differ
+    between runs of one fingerprint.
+    """
+    tree = recipe.model_dump(mode="json", exclude={"name", "quantize", "evaluate", "export"})
+    for section, keys in {
+        "data": ("valid", "test"),
+        "train": ("log_every", "eval_every", "save_every"),
+    }.items():
+        for key in keys:
+            del tree[section][key]
+    return tree
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -321,57 +343,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         elif isinstance(child, str) and keys[0] == "data":
             child = tree[key] = {"source": child}
         elif not isinstance(child, dict):
-            raise RecipeError(f"override {override!r}: `{'.'.join(keys[: depth + 1])}` holds no keys of its own")
+            path = ".".join(keys[: depth + 1])
+            raise RecipeError(f"override {override!r}: `{path}` holds no keys of its own")
         tree = child
     tree[keys[-1]] = parse_value(value, f"override {override!r}")
-
-
-def _explain(error: ValidationError) -> list[str]:
-    """One line a mistake: the path, what was expected, what was seen, the nearest known key."""
-    lines = []
-    for mistake in error.errors():
-        keys = [str(key) for key in mistake["loc"]]
-        path = ".".join(keys)
-        seen = mistake.get("input")
-        match mistake["type"]:
-            case "extra_forbidden":
-                section = _section(keys[:-1])
-                near = _nearest(keys[-1], section.model_fields if section else (), keys[:-1])
-                lines.append(f"unknown key `{path}`{near}")
-            case "missing":
-                lines.append(f"missing key `{path}`")
-            case "literal_error":
-                lines.append(f"`{path}`: one of {_choices(mistake)}; got {seen!r}")
-            case "value_error":
-                message = str(mistake["ctx"]["error"])
-                lines.append(f"`{path}`: {message}" if path else message)
-            case _:
-                message = mistake["msg"].removeprefix("Input should be ")
-                shown = repr(seen)
-                lines.append(f"`{path}`: {message}; got {shown if len(shown) <= 80 else shown[:77] + '...'}")
-    return lines
-
-
-def _choices(mistake: Any) -> str:
-    return mistake["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
-
-
-def _section(keys: list[str]) -> type[Section] | None:
-    """The section class that a path of keys leads to."""
-    section: type[Section] = Recipe
-    for key in keys:
-        field = section.model_fields.get(key)
-        annotation = field.annotation if field else None
-        candidates = [c for c in (annotation, *get_args(annotation)) if inspect.isclass(c)]
-        found = [c for c in candidates if issubclass(c, Section)]
-        if not found:
-            return None
-        section = found[0]
-    return section
-
-
-def _nearest(key: str, known: Any, parents: list[str] | tuple[str, ...] = ()) -> str:
-    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean `{'.'.join([*parents, near[0]])}`?"
-    return f"; known here: {', '.join(sorted(known))}" if known else ""

@@ -13,19 +13,19 @@ from typing import Any
 from mlx_distill import metrics as m
 from mlx_distill.errors import MissingExtra, RecipeError, RunFolderError
 from mlx_distill.files import write_text
+from mlx_distill.report_samples import samples
 from mlx_distill.run_record import RunRecord, read_run
 from mlx_distill.strict_yaml import parse_yaml
 from mlx_distill.verdict import verdict
 
-_COLORS = {"teacher": 0, "student": 1, "baseline": 2, "student_before": 3}  # the page's --c0 to --c3
 _CURVES = (
     ("loss", "Training loss, nats/token"),
     ("valid_nll", "nll on validation rows, nats/token"),
     ("valid_kl", "KL to the teacher on validation rows, nats/token"),
 )
 _RUNS = (1, 2, 4, 5, 6, 7, 0, 3)  # colours of runs side by side
-_SAMPLES = 6
-_LONGEST = 2000  # characters of one text in the page
+
+Line = tuple[str, int, Mapping[str, Any]]  # of a table: its name, colour and METRICS
 
 
 def write_report(folder: Path) -> Path:
@@ -37,8 +37,8 @@ def write_report(folder: Path) -> Path:
     """
     run = read_run(Path(folder))
     models = m.ordered(run.models)
-    rows = [(None, [(m.label(name), _color(name), run.models[name]) for name in models])]
-    curves = [(m.label(stage), _color(stage), run.log, stage, False) for stage in ("student", "baseline")]
+    rows = [(None, [(m.label(name), m.color(name), run.models[name]) for name in models])]
+    curves = [(m.label(stage), m.color(stage), run.log, stage, False) for stage in ("student", "baseline")]
     figures, missing = _figures(curves, run.models)
     page = {
         "title": run.name,
@@ -47,7 +47,7 @@ def write_report(folder: Path) -> Path:
         "tables": _tables(rows),
         "figures": figures,
         "notes": [*missing, *run.unreadable],
-        "samples": _samples(run.answers),
+        "samples": samples(run.answers),
         "generated": _lineage(run.generated),
         "sandbox": next((x["sandbox"] for x in run.models.values() if x.get("sandbox")), None),
         "details": _details([run]),
@@ -66,19 +66,19 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         runs = [run._replace(name=str(folder)) for run, folder in zip(runs, folders, strict=True)]
+    colors = {run.name: _RUNS[i % 8] for i, run in enumerate(runs)}
     groups = []
     models = dict.fromkeys(name for run in runs for name in m.ordered(run.models))
     for model in sorted(models, key=lambda name: (name != "student", name == "student_before")):
-        rows = [(run.name, _RUNS[i % 8], run.models[model]) for i, run in enumerate(runs) if model in run.models]
+        rows = [(run.name, colors[run.name], run.models[model]) for run in runs if model in run.models]
         groups.append((m.label(model), rows))
     stages = [(stage, dashed) for stage, dashed in (("student", False), ("baseline", True))]
     curves = [
-        (run.name + (", baseline" if dashed else ""), _RUNS[i % 8], run.log, stage, dashed)
-        for i, run in enumerate(runs)
+        (run.name + (", baseline" if dashed else ""), colors[run.name], run.log, stage, dashed)
+        for run in runs
         for stage, dashed in stages
     ]
     students = {run.name: run.models["student"] for run in runs if "student" in run.models}
-    colors = {run.name: _RUNS[i % 8] for i, run in enumerate(runs)}
     figures, missing = _figures(curves, students, colors)
     page = {
         "title": " · ".join(run.name for run in runs),
@@ -96,11 +96,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
     return _write(page, Path(out))
 
 
-def _color(model: str) -> int:
-    return _COLORS.get(model, 4)
-
-
-def _tables(groups: list[tuple[str | None, list[tuple[str, int, Mapping[str, Any]]]]]) -> list[dict[str, Any]]:
+def _tables(groups: Sequence[tuple[str | None, list[Line]]]) -> list[dict[str, Any]]:
     """What the models can do, what they cost, and what else was measured: columns that any row has."""
     everything = {f"{i} {j}": row[2] for i, (_, rows) in enumerate(groups) for j, row in enumerate(rows)}
     titles = (("Quality", m.QUALITY), ("Cost", m.COST), ("Also measured", m.others(everything)))
@@ -109,7 +105,10 @@ def _tables(groups: list[tuple[str | None, list[tuple[str, int, Mapping[str, Any
         columns = [x for x in known if any(x.name in metrics for metrics in everything.values())]
         reasons: list[str] = []
         filled = [
-            (heading, [(name, color, [_cell(x, metrics, reasons) for x in columns]) for name, color, metrics in rows])
+            (
+                heading,
+                [(name, color, [_cell(x, found, reasons) for x in columns]) for name, color, found in rows],
+            )
             for heading, rows in groups
         ]
         if columns:
@@ -119,25 +118,26 @@ def _tables(groups: list[tuple[str | None, list[tuple[str, int, Mapping[str, Any
 
 def _cell(metric: m.Metric, metrics: Mapping[str, Any], reasons: list[str]) -> dict[str, Any]:
     """One number as written, its exact value, and the number of the footnote where there is none."""
+    cell: dict[str, Any] = {"text": None, "exact": "", "why": "not asked for", "note": None, "spread": None}
     if metric.name not in metrics:
-        return {"text": None, "exact": "", "why": "not asked for", "note": None, "spread": None}
+        return cell
     value, raw = metric.measured(metrics), metrics[metric.name]
     if value is not None:
         stderr = metric.stderr(metrics)
         spread = metric.write(stderr) if stderr else None
-        return {"text": metric.write(value), "exact": repr(value), "why": None, "note": None, "spread": spread}
+        return cell | {"text": metric.write(value), "exact": repr(value), "spread": spread}
     if raw is not None:  # not a finite number: shown as it is
-        return {"text": str(raw), "exact": str(raw), "why": None, "note": None, "spread": None}
+        return cell | {"text": str(raw), "exact": str(raw)}
     why = str(metrics.get(metric.name + "_why") or "no reason given")
     if why not in reasons:
         reasons.append(why)
-    return {"text": None, "exact": "", "why": why, "note": reasons.index(why) + 1, "spread": None}
+    return cell | {"why": why, "note": reasons.index(why) + 1}
 
 
 def _figures(
     curves: list[tuple[str, int, list[dict[str, Any]], str, bool]],
     models: m.Models,
-    colors: Mapping[str, int] = _COLORS,
+    colors: Mapping[str, int] = m.COLORS,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The figures that the numbers allow, and a line on what is missing."""
     from mlx_distill import figures
@@ -151,13 +151,17 @@ def _figures(
                 if len(points) > 1:
                     lines.append(figures.Curve(label, color, list(points), list(points.values()), dashed))
             if lines:
-                found.append({"title": title, "svg": figures.curves(key, lines), "lines": lines})
+                note = "Each minimises its own losses; compare on validation rows." if key == "loss" else ""
+                note = note if len(lines) > 1 else ""
+                found.append(
+                    {"title": title, "svg": figures.curves(key, lines), "lines": lines, "note": note}
+                )
         for metric in (x for x in m.QUALITY if x.name in ("pass@1", "rougeL", "top1_agreement", "kl", "nll")):
             points = _sizes(figures.Point, metric, models, colors)
             if len(points) > 1:
                 title = f"Size against {metric.name}"
                 svg = figures.sizes("sizes", points, f"{metric.name} {metric.unit}".strip(), "MiB on disk")
-                found.append({"title": title, "svg": svg, "lines": []})
+                found.append({"title": title, "svg": svg, "lines": [], "note": ""})
                 break
     except MissingExtra:
         return [], ["Curves are left out: pip install 'mlx-distill[report]' adds them."]
@@ -186,62 +190,6 @@ def _sizes(point: Any, metric: m.Metric, models: m.Models, colors: Mapping[str, 
     return points
 
 
-def _samples(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A few rows, one of each outcome in turn, those on which the models differ first.
-
-    An outcome is a task, who was right and who wrong; each sample says how many rows had the same, so that a rare
-    success cannot pass for the rule.
-    """
-    outcomes: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in answers:
-        given = row.get("answers")
-        if isinstance(given, dict) and given and all(isinstance(x, dict) for x in given.values()):
-            rights = tuple((name, _right(x)) for name, x in sorted(given.items()))
-            outcomes.setdefault((row.get("task"), rights), []).append(row)
-    ranked = sorted(outcomes.items(), key=lambda item: (len({right for _, right in item[0][1]}) < 2, -len(item[1])))
-    picked = []
-    for turn in range(max((len(rows) for rows in outcomes.values()), default=0)):
-        picked += [(rows[turn], len(rows)) for _, rows in ranked if turn < len(rows)]
-        if len(picked) >= _SAMPLES:
-            break
-    tasks = Counter(row.get("task") for row in answers)
-    return [_sample(row, same, tasks[row.get("task")]) for row, same in picked[:_SAMPLES]]
-
-
-def _sample(row: dict[str, Any], same: int, rows: int) -> dict[str, Any]:
-    given = row["answers"]
-    shown = [
-        {
-            "label": m.label(name),
-            "color": _color(name),
-            "text": _clip(given[name].get("text")),
-            "right": _right(given[name]),
-            "score": m.number(given[name].get("score")),
-            "why": given[name].get("why"),
-        }
-        for name in m.ordered(given)
-    ]
-    return {
-        "prompt": _clip(row.get("prompt")),
-        "reference": _clip(row.get("reference")),
-        "summary": row.get("task") == "summary",
-        "answers": shown,
-        "same": same,
-        "rows": rows,
-    }
-
-
-def _right(answer: Mapping[str, Any]) -> bool:
-    """Programs score 0 or 1; summaries are told apart at a ROUGE-L of one half."""
-    return (m.number(answer.get("score")) or 0.0) >= 0.5
-
-
-def _clip(text: Any) -> str:
-    text = "" if text is None else str(text).strip("\n")
-    more = len(text) - _LONGEST
-    return f"{text[:_LONGEST]}\n[{more:,} more characters]" if more > 0 else text
-
-
 def _lineage(generated: list[dict[str, Any]]) -> dict[str, Any] | None:
     if not generated:
         return None
@@ -255,10 +203,10 @@ def _details(runs: list[RunRecord]) -> list[dict[str, Any]]:
     found = []
     for run in runs:
         of = f" of {run.name}" if len(runs) > 1 else ""
-        environment = {key: value if isinstance(value, str) else json.dumps(value) for key, value in run.environment.items()}
-        command = run.environment.get("command")
-        if isinstance(command, list):
-            environment["command"] = " ".join(str(part) for part in command)
+        environment = {
+            key: value if isinstance(value, str) else json.dumps(value)
+            for key, value in run.environment.items()
+        }
         if run.recipe:
             found.append({"title": f"Recipe{of}", "text": run.recipe, "pairs": {}})
         if environment:
@@ -282,7 +230,10 @@ def _differences(runs: list[RunRecord]) -> dict[str, Any] | None:
 def _flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, str]:
     flat = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{path}{key}.") if isinstance(value, dict) and value else {f"{path}{key}": json.dumps(value)}
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{path}{key}.")
+        else:
+            flat[f"{path}{key}"] = json.dumps(value)
     return flat
 
 
@@ -290,8 +241,9 @@ def _write(page: dict[str, Any], path: Path) -> Path:
     """Render and put in place in one move, so that a reader never meets half a page."""
     from jinja2 import Environment, StrictUndefined
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8"))
+    source = (Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8")
+    options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    template = Environment(autoescape=True, **options).from_string(source)
     cells = [cell for t in page["tables"] for _, rows in t["groups"] for *_, row in rows for cell in row]
     page["has_spread"] = any(cell["spread"] for cell in cells)
     # A model may write half of a surrogate pair, which no file can hold.

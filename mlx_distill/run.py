@@ -20,30 +20,40 @@ import mlx_distill
 from mlx_distill import checkpoint, recipe
 from mlx_distill.console import Console, step_line
 from mlx_distill.doctor import memory_gib
-from mlx_distill.errors import RunFolderError
+from mlx_distill.errors import DistillError, RunFolderError
 from mlx_distill.files import write_json, write_text
 from mlx_distill.interrupt import Interrupts
+from mlx_distill.mistakes import shown
 from mlx_distill.recipe import Recipe
 
 ROOT = Path("runs")
+FINGERPRINT = "fingerprint"  # the file that makes a folder a run's
 
 
 class Run:
     """An open run folder. Make one with `open_run`."""
 
-    def __init__(self, folder: Path, console: Console):
+    def __init__(self, folder: Path, console: Console, interrupts: Interrupts | None = None):
         self.folder, self.console = folder, console
         self.progress = console.progress
-        self.interrupts = Interrupts()
+        self.interrupts = interrupts or Interrupts()
 
-    def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The result of a stage: from the folder if it has finished before, else by doing it."""
+    def stage(self, name: str, work: Callable[[], dict[str, Any]], options: Any = None) -> dict[str, Any]:
+        """The result of a stage: from the folder if it has finished before, else by doing it.
+
+        Args:
+            options: plain values on which the result depends, beside the fingerprint of the run. Finished
+                with others, the stage and those after it are forgotten.
+        """
         finished = self.stages()
-        if name not in finished:
-            result = work()
-            write_json(self.folder / "stages.json", {**self.stages(), name: result})
-            return result
-        return finished[name]
+        if name in finished and finished[name].get("options") == options:
+            return finished[name]
+        if name in finished:
+            order = list(finished)
+            self.forget(set(order[order.index(name) :]))
+        result = work() if options is None else {**work(), "options": options}
+        write_json(self.folder / "stages.json", {**self.stages(), name: result})
+        return result
 
     def stages(self) -> dict[str, Any]:
         """Finished stages and their results, in the order in which they finished."""
@@ -66,7 +76,8 @@ class Run:
 
     def read_rows(self, name: str) -> list[dict[str, Any]]:
         text = (self.folder / "samples" / f"{name}.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
+        # Not `splitlines`, which also splits at U+2028 and others that a string in JSON may hold.
+        return [json.loads(line) for line in text.split("\n") if line]
 
 
 @dataclass
@@ -109,8 +120,15 @@ class StageLog:
         counters.close_window()
         self._write(
             counters.step,
-            {"loss": loss, **losses, "learning_rate": learning_rate, "gradient_norm": gradient_norm,
-             "tokens_per_second": speed, "tokens": counters.tokens, "seconds": counters.seconds},
+            {
+                "loss": loss,
+                **losses,
+                "learning_rate": learning_rate,
+                "gradient_norm": gradient_norm,
+                "tokens_per_second": speed,
+                "tokens": counters.tokens,
+                "seconds": counters.seconds,
+            },
         )
         left = counters.seconds / counters.step * (recipe.train.steps - counters.step)
         shown = {**losses, "tok/s": speed, "peak": mx.get_peak_memory() / 2**30}
@@ -125,7 +143,7 @@ class StageLog:
     def save(self, student: nn.Module, optimizer: Any, counters: Counters) -> None:
         folder = self._checkpoints / f"{self._prefix}step-{counters.step:06d}"
         checkpoint.save(folder, student, optimizer, asdict(counters))
-        checkpoint.keep_only(folder, self._prefix)
+        checkpoint.keep_newest(self._checkpoints, self._prefix)
 
     def restore(self, student: nn.Module, optimizer: Any) -> Counters:
         """Counters of the newest checkpoint, after putting its weights in place; new ones without."""
@@ -157,10 +175,39 @@ class StageLog:
         write_text(path, "".join(kept))
 
 
+def check_folder(options: Recipe, *, resume: bool, overwrite: bool, root: Path = ROOT) -> None:
+    """Refuse a folder that is taken or cannot be written, before anything is read.
+
+    Raises:
+        RunFolderError: it exists and neither `resume` nor `overwrite` is given, it is no run folder, or
+            it cannot be written.
+    """
+    folder = root / options.name
+    if folder.is_dir() and not _holds_run(folder):
+        what = "--overwrite will not remove it" if overwrite else "choose another name with name=..."
+        raise RunFolderError(f"{folder} holds other files and is no run folder; {what}")
+    if folder.is_dir() and not (resume or overwrite):
+        raise RunFolderError(
+            f"{folder} holds a run already: go on with --resume, replace it with --overwrite, "
+            f"or choose another name with name={options.name}-2"
+        )
+    parent = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        why = "check its permissions, or run elsewhere" if parent.is_dir() else "it is no folder"
+        raise RunFolderError(f"{folder}: {parent} cannot be written; {why}")
+
+
+def _holds_run(folder: Path) -> bool:
+    """Whether a folder is a run's, or empty, as one is that was stopped right after it was made."""
+    names = {path.name for path in folder.iterdir()}
+    return FINGERPRINT in names or names <= {f".{FINGERPRINT}.part"}
+
+
 def open_run(
     options: Recipe,
     fingerprint: str,
     console: Console,
+    interrupts: Interrupts | None = None,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -170,58 +217,50 @@ def open_run(
 
     Args:
         fingerprint: of the recipe and what it reads; a run only goes on with its own.
+        interrupts: the signals that the run heeds.
 
     Raises:
-        RunFolderError: it exists and neither `resume` nor `overwrite` is given, it holds another
-            recipe's run, or it cannot be written.
+        RunFolderError: as `check_folder`, or it holds another recipe's run.
     """
+    check_folder(options, resume=resume, overwrite=overwrite, root=root)
     folder = root / options.name
-    known = folder / "fingerprint"
-    if folder.exists() and not overwrite:
-        if not resume:
-            raise RunFolderError(
-                f"{folder} holds a run already: go on with --resume, replace it with --overwrite, "
-                f"or choose another name with name={options.name}-2"
-            )
-        if known.exists() and known.read_text().strip() != fingerprint:
-            raise RunFolderError(
-                f"{folder} was made by another recipe or other data{_difference(folder, options)}; "
-                "start anew with --overwrite, or choose another name with name=..."
-            )
+    known = folder / FINGERPRINT
+    if known.exists() and not overwrite and known.read_text().strip() != fingerprint:
+        raise RunFolderError(
+            f"{folder} was made {_difference(folder, options)}; "
+            "start anew with --overwrite, or choose another name with name=..."
+        )
     try:
         if overwrite and folder.exists():
-            if not known.exists() and any(folder.iterdir()):
-                raise RunFolderError(f"{folder} is no run folder; --overwrite will not remove it")
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(known, fingerprint + "\n")
         write_text(folder / "recipe.yaml", recipe.dump(options))
         write_json(folder / "environment.json", environment())
-    except RunFolderError:
-        raise
     except OSError as error:
-        raise RunFolderError(f"{folder}: cannot be written ({error.strerror}); check its permissions") from None
-    return Run(folder, console)
+        why = f"{folder}: cannot be written ({error.strerror or error}); check its permissions"
+        raise RunFolderError(why) from None
+    return Run(folder, console, interrupts)
 
 
 def _difference(folder: Path, options: Recipe) -> str:
-    """The first option in which a folder's recipe differs, in words."""
+    """In what a run differs from the one that would go on: the first option, or what it read."""
     try:
-        before = recipe.load(folder / "recipe.yaml").model_dump(mode="json")
-    except Exception:  # an unreadable recipe differs as a whole
-        return ""
-    now = options.model_dump(mode="json")
+        before = recipe.determining(recipe.load(folder / "recipe.yaml"))
+    except DistillError:  # an unreadable recipe differs as a whole
+        return "by another recipe"
 
     def walk(left: Any, right: Any, path: str) -> str | None:
         if isinstance(left, dict) and isinstance(right, dict):
-            for key in sorted(left.keys() | right.keys()):
-                found = walk(left.get(key), right.get(key), f"{path}.{key}".lstrip("."))
-                if found:
-                    return found
-            return None
-        return None if left == right else f" (`{path}` was {left!r} and is {right!r})"
+            keys = [*left, *(key for key in right if key not in left)]
+            pairs = (walk(left.get(key), right.get(key), f"{path}.{key}".lstrip(".")) for key in keys)
+            return next((found for found in pairs if found), None)
+        return None if left == right else f"`{path}` was {shown(left)} and is {shown(right)}"
 
-    return walk(before, now, "") or ""
+    found = walk(before, recipe.determining(options), "")
+    return (
+        f"by another recipe ({found})" if found else "with other data or other weights under the same names"
+    )
 
 
 def environment() -> dict[str, Any]:

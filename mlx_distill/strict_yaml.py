@@ -34,9 +34,10 @@ def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
 
 
 def _construct_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
     seen: dict[Any, int] = {}
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue  # `<<: *defaults` may bring keys that stand here too; those here win
         key = loader.construct_object(key_node, deep=True)
         line = key_node.start_mark.line + 1
         if not isinstance(key, str):
@@ -47,6 +48,11 @@ def _construct_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
+# The core schema alone: no dates, sets or binary data, which no option is made of.
+_Loader.yaml_constructors = {
+    tag: yaml.SafeLoader.yaml_constructors[tag]
+    for tag in (None, *(f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "float", "str", "seq")))
+}
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 _Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
@@ -75,8 +81,16 @@ def _parse(text: str, where: str) -> Any:
         raise RecipeError(f"{where}: {error}") from None
     except RecursionError:
         raise RecipeError(f"{where}: not readable as YAML (nested too deeply)") from None
+    except (ValueError, KeyError) as error:  # `!!int x`, `!!bool x`, a number of 5,000 digits
+        raise RecipeError(
+            f"{where}: not readable as YAML (no value of its type: {_first_line(error)})"
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or _first_line(error)
         raise RecipeError(f"{where}: {place}not readable as YAML ({problem})") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:200]

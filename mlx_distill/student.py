@@ -27,7 +27,7 @@ def make_student(options: Student, tokenizer: Any | None, seed: int) -> Loaded:
     return loaded
 
 
-def add_adapters(model: nn.Module, options: Student, seed: int) -> None:
+def add_adapters(model: Any, options: Student, seed: int) -> None:
     """Freeze a model and add trainable LoRA or DoRA matrices to its last `layers` layers, in place."""
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -42,7 +42,7 @@ def add_adapters(model: nn.Module, options: Student, seed: int) -> None:
     mx.eval(model.parameters())
 
 
-def checkpoint_layers(model: nn.Module) -> None:
+def checkpoint_layers(model: Any) -> None:
     """Recompute each layer in the backward pass instead of keeping what it computed, in place.
 
     mlx-lm's `grad_checkpoint` patches the class, and with it a teacher of the same architecture.

@@ -30,14 +30,18 @@ class LiveTeacher:
         self.model.freeze()
         self.model.eval()
         # Compiled once a shape. Its weights are inputs, not constants baked into each trace.
-        self._logits = mx.compile(self._forward, inputs=[self.model.state])
+        self._compiled = mx.compile(self._forward, inputs=[self.model.state])
+
+    def logits(self, tokens: mx.array) -> mx.array:
+        """(B, T, V) over the real vocabulary, in the model's own float type."""
+        return self._compiled(tokens)
 
     def _forward(self, tokens: mx.array) -> mx.array:
         return self.model(tokens)[..., : self.vocabulary]
 
     def targets(self, batch: Batch) -> Targets:
         """Labels and the teacher's logits (B, T, V) in its own float type, without a gradient."""
-        return Targets(batch.labels, mx.stop_gradient(self._logits(batch.tokens)))
+        return Targets(batch.labels, mx.stop_gradient(self.logits(batch.tokens)))
 
 
 class NoTeacher:
@@ -61,7 +65,8 @@ def check_same_vocabulary(student: Any, teacher: Any) -> int:
         different = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
         token = different[0]
         raise ModelError(
-            f"the student's tokenizer differs from the teacher's in {len(different)} tokens, such as {token!r} "
+            f"the student's tokenizer differs from the teacher's in {len(different)} tokens, such as "
+            f"{token!r} "
             f"(id {ours.get(token)} in the student, {theirs.get(token)} in the teacher); "
             "logits can only be compared over one vocabulary: choose a student of the teacher's family"
         )

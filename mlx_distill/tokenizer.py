@@ -53,7 +53,8 @@ def train_tokenizer(texts: Iterable[str], options: NewTokenizer) -> Any:
         )
     except (RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[-1]
-        raise DataError(f"`student.tokenizer.pieces`: {options.pieces} cannot be made ({reason[-200:]})") from None
+        where = f"`student.tokenizer.pieces`: {options.pieces}"
+        raise DataError(f"{where} cannot be made of this text ({reason[-200:]})") from None
 
     pieces = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
     vocabulary = {pieces.id_to_piece(index): index for index in range(pieces.get_piece_size())}
@@ -73,7 +74,8 @@ def train_tokenizer(texts: Iterable[str], options: NewTokenizer) -> Any:
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, unk_token=UNKNOWN, clean_up_tokenization_spaces=False
     )
-    return TokenizerWrapper(wrapped, SPMStreamingDetokenizer)
+    detokenizer: Any = SPMStreamingDetokenizer  # mlx-lm's annotation names one class of several
+    return TokenizerWrapper(wrapped, detokenizer)
 
 
 def _merges(vocabulary: dict[str, int]) -> list[tuple[str, str]]:

@@ -149,4 +149,3 @@ def _accumulate(
 def every(interval: int, step: int) -> bool:
     """Whether something done every `interval` steps is due; never, if `interval` is 0."""
     return interval > 0 and step % interval == 0
-

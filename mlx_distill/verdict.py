@@ -39,8 +39,10 @@ def _score(metric: Metric, models: Models) -> list[str]:
     if theirs and teacher:
         share = mine / theirs
         verb = "keeps" if share < 1 else "reaches"
-        first = f"The student {verb} {_share(share)} of the teacher's {metric.name}"
-        lines = [f"{first}{_share_of_parameters(models)}: {metric.text(student)} against {metric.text(teacher)}."]
+        first = (
+            f"The student {verb} {_share(share)} of the teacher's {metric.name}{_share_of_parameters(models)}"
+        )
+        lines = [f"{first}: {metric.text(student)} against {metric.text(teacher)}."]
     else:
         lines = [f"The student's {metric.name} is {metric.text(student)}."]
     baseline, before = models.get("baseline"), models.get("student_before")
@@ -61,9 +63,10 @@ def _score(metric: Metric, models: Models) -> list[str]:
 def _divergence(models: Models) -> list[str]:
     """The student's distance to the teacher; without one, to the labels."""
     student = models["student"]
-    metric = next((_METRICS[name] for name in ("kl", "nll") if _METRICS[name].measured(student) is not None), None)
-    if metric is None:
+    measured = [_METRICS[name] for name in ("kl", "nll") if _METRICS[name].measured(student) is not None]
+    if not measured:
         return []
+    metric = measured[0]
     beside = []
     for name, words in (
         ("teacher", "for the teacher"),

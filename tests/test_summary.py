@@ -85,7 +85,7 @@ def test_the_means_and_the_rows() -> None:
     assert metrics["rougeL"] == 0.75
     assert metrics["rouge2"] == 0.5
     assert metrics["rougeL_stderr"] == pytest.approx(math.sqrt(0.0625 / 2))
-    assert metrics["problems"] == 2
+    assert metrics["summaries"] == 2
 
 
 def test_references_count_before_the_completion() -> None:

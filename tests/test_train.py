@@ -142,7 +142,9 @@ class SilentLog:
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_resumed_run_ends_with_the_same_bits(method, tmp_path):
     rows = rows_of([9, 4, 13, 7, 30, 2])
-    student = {"method": method, "rank": 4, "dropout": 0.1, "model": "x", "shape": None} if method == "lora" else {}
+    student = (
+        {"method": method, "rank": 4, "dropout": 0.1, "model": "x", "shape": None} if method == "lora" else {}
+    )
     recipe = tiny_recipe(student=student, train={"steps": 6, "save_every": 2})
 
     def fresh():
@@ -193,7 +195,12 @@ def test_gradient_checkpointing_changes_no_number_and_no_class():
     call = layer_class.__call__
     checkpoint_layers(saving.model)
     rows = [make_batch(rows_of([9, 4, 13]))]
-    assert largest_gap(means_of(saving.model, rows, teacher=teacher), means_of(plain.model, rows, teacher=teacher)) < 1e-5
+    assert (
+        largest_gap(
+            means_of(saving.model, rows, teacher=teacher), means_of(plain.model, rows, teacher=teacher)
+        )
+        < 1e-5
+    )
     assert layer_class.__call__ is call  # mlx-lm's own way replaces it, for the teacher too
     assert type(plain.model.layers[0]) is layer_class
     assert isinstance(saving.model.layers[0], layer_class)

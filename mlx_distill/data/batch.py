@@ -5,7 +5,7 @@ Behind `make_batch`, tokens, labels and `counted` have one shape, and nobody shi
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -45,7 +45,8 @@ def make_batch(rows: Sequence[Encoded], pad_to: int = PAD_TO) -> Batch:
     starts = np.array([row.start for row in rows])[:, None]
     ends = np.array([len(row.tokens) for row in rows])[:, None]
     counted = (index >= starts) & (index < ends)
-    return Batch(mx.array(padded[:, :-1]), mx.array(padded[:, 1:]), mx.array(counted))
+    arrays: list[Any] = [padded[:, :-1], padded[:, 1:], counted]
+    return Batch(*(mx.array(array) for array in arrays))
 
 
 class Batches:

@@ -64,7 +64,7 @@ def rows(task: str, split: str, count: int | None, start: int = 0, seed: int = 0
     if count is None:
         raise DataError(f"pocket/{task}/{split}: too many rows for all; name a number, such as `rows: 5000`")
     made = []
-    for index, function in enumerate(islice(_functions(split, seed), start, start + count), start):
+    for index, function in enumerate(_first(start + count, split, seed)[start:], start):
         kind = task if task != "both" else ("code", "summary")[index % 2]
         make = _code_row if kind == "code" else _summary_row
         made.append(make(function, seed, f"pocket/{kind}/{split}:{index}"))
@@ -143,6 +143,18 @@ def _hash(text: str) -> int:
 def followers(kind: str, family: str) -> tuple[Operation, ...]:
     """The operations on `kind` that may follow one of `family` (of the same family none may)."""
     return tuple(o for o in OPERATIONS if o.takes == kind and o.family != family)
+
+
+def _first(count: int, split: str, seed: int) -> list[Function]:
+    """The first functions of a split; what was made before is not made again."""
+    made, more = _stream(split, seed)
+    made.extend(islice(more, max(0, count - len(made))))
+    return made[:count]
+
+
+@cache
+def _stream(split: str, seed: int) -> tuple[list[Function], Iterator[Function]]:
+    return [], _functions(split, seed)
 
 
 def _functions(split: str, seed: int) -> Iterator[Function]:

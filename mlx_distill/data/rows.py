@@ -38,6 +38,20 @@ class Row:
     task: str | None = None  # "code", "summary" or None: which scorer judges the answer
     origin: str = ""  # "data/train.jsonl:17" or "pocket/code/train:17", for messages
 
+    def question(self) -> str:
+        """What a person would call the question: the prompt, or the last message that is no answer."""
+        if self.messages is None:
+            return self.prompt if self.prompt is not None else self.text or ""
+        asked = [message for message in self.messages if message["role"] != "assistant"]
+        return str(asked[-1].get("content") or "") if asked else ""
+
+    def answer(self) -> str | None:
+        """The answer that the data gives: the completion, or a last message of the assistant's."""
+        if self.messages is None:
+            return self.completion
+        last = self.messages[-1]
+        return str(last.get("content") or "") if last["role"] == "assistant" else None
+
 
 def read_jsonl(path: str | Path, at_most: int | None = None) -> list[Row]:
     """The rows of a JSONL file, from its top, in order. Blank lines are passed over.

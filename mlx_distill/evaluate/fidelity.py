@@ -47,7 +47,7 @@ def fidelity(
             log_q = log_softmax(model(batch.tokens)[..., :vocabulary])
             values = [mx.take_along_axis(log_q, batch.labels[..., None], axis=-1).squeeze(-1)]
             if teacher is not None:
-                log_p = log_softmax(teacher.targets(batch).logits)
+                log_p = log_softmax(teacher.logits(batch.tokens))
                 values.append((mx.exp(log_p) * (log_p - log_q)).sum(-1))
                 values.append(mx.argmax(log_p, axis=-1) == mx.argmax(log_q, axis=-1))
             mx.eval(values)

@@ -24,14 +24,16 @@ class FreshLook(NamedTuple):
     """What a fresh process found."""
 
     logits: np.ndarray  # (T, V) float32, for the probe
-    speed: dict[str, float]
+    tokens: list[int]  # what its tokenizer makes of `text`
+    speed: dict[str, Any]  # as in evaluation.json; a null has its reason beside it
 
 
-def fresh_look(folder: Path, probe: list[int], *, speed: bool) -> FreshLook:
+def fresh_look(folder: Path, probe: list[int], *, text: str = "", speed: bool = False) -> FreshLook:
     """Open a model folder in a fresh process with plain `mlx_lm.load`.
 
     Args:
         probe: token ids to compute logits for.
+        text: for its tokenizer.
         speed: also time prefill and decoding, and measure memory.
 
     Raises:
@@ -39,13 +41,14 @@ def fresh_look(folder: Path, probe: list[int], *, speed: bool) -> FreshLook:
     """
     with tempfile.TemporaryDirectory() as scratch:
         request, out = Path(scratch) / "request.json", Path(scratch) / "logits.npy"
-        request.write_text(json.dumps({"probe": probe, "speed": speed, "out": str(out)}))
+        request.write_text(json.dumps({"probe": probe, "text": text, "speed": speed, "out": str(out)}))
         command = [sys.executable, "-m", "mlx_distill.evaluate.fresh", str(folder), str(request)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise Fault(f"{folder}: plain mlx_lm.load cannot open what was exported ({last[:300]})")
-        return FreshLook(np.load(out, allow_pickle=False), json.loads(done.stdout.splitlines()[-1]))
+        found = json.loads(done.stdout.splitlines()[-1])
+        return FreshLook(np.load(out, allow_pickle=False), found.pop("tokens"), found)
 
 
 def check_equal(folder: Path, expected: np.ndarray, found: np.ndarray) -> float:
@@ -61,7 +64,9 @@ def check_equal(folder: Path, expected: np.ndarray, found: np.ndarray) -> float:
         raise Fault(f"{folder}: reloaded logits have shape {found.shape}, not {expected.shape}")
     gap = float(np.abs(expected - found).max() / max(1e-9, np.abs(expected).max()))
     if not gap <= 1e-3:
-        raise Fault(f"{folder}: reloaded in a fresh process its logits differ by {gap:.2g} of the largest one")
+        raise Fault(
+            f"{folder}: reloaded in a fresh process its logits differ by {gap:.2g} of the largest one"
+        )
     return gap
 
 
@@ -69,18 +74,22 @@ def _child(folder: str, request: dict[str, Any]) -> None:
     import mlx.core as mx
     import mlx_lm
 
-    before = _resident_peak()
-    model, *_ = mlx_lm.load(folder)
+    before = _resident("VmRSS", reset_peak=True)
+    model, tokenizer, *_ = mlx_lm.load(folder)
     logits = model(mx.array(request["probe"])[None])[0].astype(mx.float32)
     np.save(request["out"], np.array(logits))
-    result: dict[str, float] = {}
+    result: dict[str, Any] = {"tokens": tokenizer.encode(request["text"])}
     if request["speed"]:
         prompt = mx.array((request["probe"] * PROMPT)[:PROMPT])
-        result = _speed(model, prompt)
-        on_gpu = mx.default_device() == mx.gpu
+        result |= _speed(model, prompt)
         # On the CPU, MLX's own counter counts buffers that were never touched; resident memory is true.
-        peak = mx.get_peak_memory() if on_gpu else _resident_peak() - before
-        result["peak_memory_gib"] = peak / 2**30
+        if mx.default_device() == mx.gpu:
+            result["peak_memory_gib"] = mx.get_peak_memory() / 2**30
+        elif before is not None:
+            result["peak_memory_gib"] = ((_resident("VmHWM") or 0) - before) / 2**30
+        else:
+            result["peak_memory_gib"] = None
+            result["peak_memory_gib_why"] = "no GPU, and this system does not tell peak resident memory"
     print(json.dumps(result))
 
 
@@ -105,12 +114,15 @@ def _speed(model: Any, prompt: Any) -> dict[str, float]:
     }
 
 
-def _resident_peak() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def _resident(name: str, *, reset_peak: bool = False) -> int | None:
+    """VmRSS (now) or VmHWM (peak) of this process in bytes, where Linux tells; None elsewhere."""
+    try:
+        if reset_peak:  # or the peak of importing would hide a small model
+            Path("/proc/self/clear_refs").write_text("5")
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
 
 
 if __name__ == "__main__":

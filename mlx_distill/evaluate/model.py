@@ -4,15 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mlx.core as mx
-import numpy as np
-
 from mlx_distill.data.batch import Encoded
 from mlx_distill.data.rows import Row
-from mlx_distill.data.template import encode_prompt, end_of_turn_ids
+from mlx_distill.data.template import decode_answer, encode_prompt, end_of_turn_ids
 from mlx_distill.evaluate.code import pass_at_1
 from mlx_distill.evaluate.fidelity import fidelity
-from mlx_distill.evaluate.fresh import check_equal, fresh_look
+from mlx_distill.evaluate.fresh import fresh_look
 from mlx_distill.evaluate.summary import rouge
 from mlx_distill.generate import generate
 from mlx_distill.models import Loaded, parameter_count
@@ -80,7 +77,7 @@ def measure(
     if folder is not None:
         metrics["size_mib"] = sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 2**20
     if "speed" in options.tasks:
-        metrics |= _fresh(folder, loaded, test)
+        metrics |= _speed(folder, test)
     return metrics, judged
 
 
@@ -99,7 +96,7 @@ def judge(
         title=f"{name}: answers",
         progress=progress,
     )
-    texts = [tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in answers]
+    texts = [decode_answer(answer.tokens, tokenizer) for answer in answers]
     judged = [Judged("", None, None) for _ in rows]
     metrics: dict[str, Any] = {}
     for task in ("code", "summary"):
@@ -120,14 +117,15 @@ def judge(
     return metrics, judged
 
 
-def _fresh(folder: Path | None, loaded: Loaded, test: TestSet) -> dict[str, Any]:
-    """Speed and memory in a fresh process, once it was seen to compute the same logits."""
-    names = ("prefill_tokens_per_second", "decode_tokens_per_second", "time_to_first_token_ms", "peak_memory_gib")
+def _speed(folder: Path | None, test: TestSet) -> dict[str, Any]:
+    """Speed and memory, in a fresh process."""
+    names = (
+        "prefill_tokens_per_second",
+        "decode_tokens_per_second",
+        "time_to_first_token_ms",
+        "peak_memory_gib",
+    )
     if folder is None:
         why = "not saved: it has the shape, and so the speed, of the student"
-        return {name: None for name in names} | {f"{name}_why": why for name in names}
-    probe = test.encoded[0].tokens
-    expected = np.array(loaded.model(mx.array(probe)[None])[0].astype(mx.float32))
-    look = fresh_look(folder, probe, speed=True)
-    check_equal(folder, expected, look.logits)
-    return dict(look.speed)
+        return dict.fromkeys(names) | {f"{name}_why": why for name in names}
+    return fresh_look(folder, test.encoded[0].tokens, speed=True).speed

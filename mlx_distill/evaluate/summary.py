@@ -21,7 +21,7 @@ def rouge(rows: Sequence[Row], answers: Sequence[str]) -> tuple[dict[str, float 
     """Score each answer by the best of its row's references, for each metric on its own.
 
     Returns:
-        the means `rouge1`, `rouge2` and `rougeL`, `rougeL_stderr` and `problems`; and each row's rougeL.
+        the means `rouge1`, `rouge2` and `rougeL`, `rougeL_stderr` and `summaries`; and each row's rougeL.
 
     Raises:
         DataError: no rows, or a row with neither references nor a completion.
@@ -32,7 +32,7 @@ def rouge(rows: Sequence[Row], answers: Sequence[str]) -> tuple[dict[str, float 
     number = len(scores)
     means = {name: sum(one[name] for one in scores) / number for name in METRICS}
     spread = sum((one["rougeL"] - means["rougeL"]) ** 2 for one in scores) / number
-    metrics = {**means, "rougeL_stderr": math.sqrt(spread / number), "problems": number}
+    metrics = {**means, "rougeL_stderr": math.sqrt(spread / number), "summaries": number}
     return metrics, [one["rougeL"] for one in scores]
 
 
