@@ -9,6 +9,7 @@ import typer
 
 from mlx_distill import __version__
 from mlx_distill.errors import DistillError
+from mlx_distill.interrupt import Interrupts
 
 if TYPE_CHECKING:
     from mlx_distill.recipe import Recipe
@@ -159,7 +160,7 @@ def _run(
     loaded = _load(recipe, overrides)
     from mlx_distill.console import Console
     from mlx_distill.pipeline import run
-    from mlx_distill.run import ROOT
+    from mlx_distill.run_folder import ROOT
 
     try:
         run(loaded, Console(), upto=upto, again=again, resume=resume, overwrite=overwrite)
@@ -184,7 +185,8 @@ def _program() -> str:
 def main() -> None:
     """Run the command line, and exit with the code that belongs to what happened."""
     try:
-        app()
+        with Interrupts().caught():
+            app()
     except DistillError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)

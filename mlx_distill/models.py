@@ -43,6 +43,17 @@ def load(name: str, where: str) -> Loaded:
     return Loaded(model, config, load_tokenizer(folder, config))
 
 
+def check_architecture(folder: Path, where: str) -> None:
+    """Refuse a model type that mlx-lm does not have, before its weights are read."""
+    from mlx_lm.utils import _get_classes
+
+    config = json.loads((folder / "config.json").read_text())
+    try:
+        _get_classes(config)
+    except ValueError as error:
+        raise ModelError(f"`{where}`: {folder}: {error}") from None
+
+
 def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
     """The tokenizer of a model folder, with every end-of-turn id that its config names."""
     from mlx_lm.tokenizer_utils import load as load_wrapped

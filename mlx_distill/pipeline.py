@@ -26,7 +26,8 @@ from mlx_distill.interrupt import Interrupts
 from mlx_distill.preflight import prepare
 from mlx_distill.quantize import quantized
 from mlx_distill.recipe import Recipe, Term
-from mlx_distill.run import StageLog, check_folder, open_run
+from mlx_distill.run import StageLog
+from mlx_distill.run_folder import ROOT, check_folder, open_run
 from mlx_distill.teacher import LiveTeacher, NoTeacher
 from mlx_distill.train import train
 from mlx_distill.work import Work
@@ -42,7 +43,7 @@ def run(
     again: bool = False,
     resume: bool = False,
     overwrite: bool = False,
-    root: Path = Path("runs"),
+    root: Path = ROOT,
 ) -> Path:
     """Do every stage up to and including `upto`, and give the run folder.
 

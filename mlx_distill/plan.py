@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from mlx_distill.data.batch import Batches, in_order
+from mlx_distill.data.batch import Batches
 from mlx_distill.preflight import Prepared, prepare
 from mlx_distill.recipe import Recipe, dump
 
@@ -41,14 +41,11 @@ def _facts(recipe: Recipe, prepared: Prepared) -> Iterator[str]:
     )
     if prepared.train:
         epoch = Batches(prepared.train, train.batch_tokens, recipe.seed).per_epoch
-        yield f"labelled rows alone fill {epoch} batches; the baseline sees them {_times(train, epoch):.1f} times"
-        widths = {len(prepared.train[i].tokens) for batch in in_order(prepared.train, 1) for i in batch}
-        yield f"rows have {min(widths)} to {max(widths)} tokens"
+        times = train.steps * train.micro_batches / epoch
+        yield f"labelled rows alone fill {epoch} batches; the baseline sees them {times:.1f} times"
+        lengths = [len(row.tokens) for row in prepared.train]
+        yield f"they have {min(lengths)} to {max(lengths)} tokens"
     yield f"fingerprint: {prepared.fingerprint}"
-
-
-def _times(train: object, epoch: int) -> float:
-    return train.steps * train.micro_batches / epoch  # type: ignore[attr-defined]
 
 
 def _left_out(prepared: Prepared, key: str) -> str:

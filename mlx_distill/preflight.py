@@ -14,7 +14,7 @@ from mlx_distill.data.rows import Row
 from mlx_distill.data.template import encode, encode_prompt
 from mlx_distill.errors import DataError, RecipeError
 from mlx_distill.hub import is_name, model_folder
-from mlx_distill.models import load_tokenizer
+from mlx_distill.models import check_architecture, load_tokenizer
 from mlx_distill.progress import Progress, silent
 from mlx_distill.recipe import Data, Recipe, Source, fingerprint
 from mlx_distill.teacher import check_same_vocabulary
@@ -54,6 +54,8 @@ def prepare(recipe: Recipe, progress: Progress = silent) -> Prepared:
     teacher_folder, student_folder = folders.get("teacher"), folders.get("student")
     if teacher_folder is not None and student_folder is not None:
         _check_tokenizer_files(student_folder, teacher_folder)
+    for key, folder in folders.items():
+        check_architecture(folder, f"{key}.model")
     tokenizer = None
     if teacher_folder is not None:
         tokenizer = load_tokenizer(teacher_folder)

@@ -55,6 +55,11 @@ class Shape(Section):
     rms_norm_eps: PositiveFloat = 1e-5
     tie_word_embeddings: bool = True  # one matrix for reading and writing tokens
 
+    @property
+    def attention_size(self) -> int:
+        """Width of all heads together."""
+        return self.num_attention_heads * (self.head_dim or self.hidden_size // self.num_attention_heads)
+
     @model_validator(mode="after")
     def check_heads(self) -> Self:
         heads, kv = self.num_attention_heads, self.num_key_value_heads
@@ -113,6 +118,7 @@ class Source(Section):
     split: str | None = None  # null: the one that the key names, `train` for prompts
     rows: PositiveInt | None = None  # at most so many; null: all (a corpus needs a number)
     start: NonNegativeInt = 0  # rows passed over first
+    seed: NonNegativeInt = 0  # of a corpus: draws its functions, their order and their words
 
 
 class Data(Section):
@@ -190,7 +196,7 @@ class Evaluate(Section):
 class Export(Section):
     """What is left for other programs. Each artefact is reloaded and compared."""
 
-    formats: list[Literal["mlx"]] = ["mlx"]
+    formats: list[Literal["mlx"]] = ["mlx"]  # mlx: folders for mlx-lm; [] leaves them unchecked
 
 
 class Recipe(Section):
@@ -246,6 +252,13 @@ class Recipe(Section):
         if self.train.warmup >= self.train.steps:
             steps = self.train.steps
             mistakes.append(f"`train.warmup` {self.train.warmup} must be less than `train.steps` {steps}")
+        shape, quantize = self.student.shape, self.quantize
+        if shape is not None and quantize is not None:
+            widths = (shape.hidden_size, shape.intermediate_size, shape.attention_size)
+            if all(width % quantize.group_size for width in widths):
+                mistakes.append(
+                    f"`quantize.group_size` {quantize.group_size} divides no width of `student.shape` {widths}"
+                )
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self

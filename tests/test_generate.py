@@ -50,5 +50,6 @@ def test_progress_counts_every_row():
         seen.append((title, total, unit))
         yield lambda amount=1, **columns: seen.append((amount, columns["tokens_per_second"] > 0))
 
-    generate(tiny_model(V).model, prompts_of(5), {1}, max_tokens=3, batch_size=2, title="t", progress=progress)
+    model = tiny_model(V).model
+    generate(model, prompts_of(5), {1}, max_tokens=3, batch_size=2, title="t", progress=progress)
     assert seen == [("t", 5, "rows")] + [(1, True)] * 5

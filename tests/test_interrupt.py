@@ -10,6 +10,7 @@ import pytest
 import workshop
 from workshop import command, process
 
+from mlx_distill import pipeline, plan
 from mlx_distill.interrupt import Interrupted, Interrupts
 
 STEPS = 100
@@ -89,13 +90,13 @@ def test_handlers_are_put_back() -> None:
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+@pytest.mark.parametrize("arguments", [["run", "recipe.yaml", "name=early"], ["plan", "recipe.yaml"]])
 def test_a_signal_before_training_ends_the_command_with_its_code(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_distill import pipeline
-
-    monkeypatch.setattr(pipeline, "prepare", lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    ended = command(folder, capsys, "run", "recipe.yaml", "name=early")
+    for module in (pipeline, plan):
+        monkeypatch.setattr(module, "prepare", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    ended = command(folder, capsys, *arguments)
     assert ended.code == 130
     assert ended.err == ["error: stopped by SIGINT"]  # there is nothing to go on with
     assert not (folder / "runs" / "early").exists()

@@ -5,6 +5,7 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
+from pydantic import PositiveFloat
 
 from mlx_distill.losses import LOSSES, Targets, cross_entropy, forward_kl, options_of
 
@@ -118,7 +119,7 @@ def test_losses_of_half_precision_logits_are_summed_in_float32():
 
 
 def test_options_are_read_off_the_signature():
-    assert options_of("forward_kl") == {"temperature": float}
+    assert options_of("forward_kl") == {"temperature": PositiveFloat}
     assert options_of("cross_entropy") == {}
     assert set(LOSSES) == {"cross_entropy", "forward_kl"}
 

@@ -68,6 +68,12 @@ def test_a_recipe_loads_and_is_the_same_after_being_written_out(file: Path, tmp_
 
 
 @each
+def test_a_recipe_is_found_by_its_name(file: Path) -> None:
+    """Also where the name has a dot: of `qwen2.5-coder-7b-to-0.5b`, `.5b` is no ending of a file."""
+    assert bundled.find_recipe(str(file.relative_to(FOLDER).with_suffix(""))) == file
+
+
+@each
 def test_the_first_line_says_what_a_recipe_is(file: Path) -> None:
     first, *rest = file.read_text(encoding="utf-8").splitlines()
     assert first.startswith("# ") and first.endswith(".")

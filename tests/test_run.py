@@ -14,7 +14,8 @@ from mlx_distill.console import Console
 from mlx_distill.errors import RunFolderError
 from mlx_distill.optimizer import make_optimizer
 from mlx_distill.recipe import Recipe, load
-from mlx_distill.run import Counters, Run, StageLog, open_run
+from mlx_distill.run import Counters, Run, StageLog
+from mlx_distill.run_folder import open_run
 
 
 class Silence:
@@ -106,6 +107,20 @@ def test_overwrite_does_not_follow_a_link(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="cannot be written"):
         opened(tiny_recipe(), tmp_path, overwrite=True)
     assert (real / "recipe.yaml").exists()
+
+
+def test_overwrite_does_not_remove_what_the_recipe_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    opened(tiny_recipe(), Path("runs"))
+    for sections in (
+        {"teacher": {"model": "runs/tiny/models/student"}},
+        {"data": {"valid": "runs/tiny/v.jsonl"}},
+    ):
+        with pytest.raises(RunFolderError, match=r"runs/tiny holds runs/tiny/.*, which the recipe reads"):
+            opened(tiny_recipe(**sections), Path("runs"), overwrite=True)
+    assert Path("runs/tiny/recipe.yaml").exists()
 
 
 def test_a_stage_is_done_once(tmp_path: Path) -> None:

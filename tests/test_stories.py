@@ -65,6 +65,6 @@ def test_a_baseline_stands_beside_the_student(evaluation: dict) -> None:
 
 
 def test_the_teacher_knows_the_stories(evaluation: dict) -> None:
-    """1.55 nats a token on other stories, when measured by another program: the weights were read right."""
-    assert evaluation["teacher"]["nll"] == pytest.approx(1.6, abs=0.25)
+    """1.55 nats a token on stories of any length, says another program; short ones are easier."""
+    assert 1.0 < evaluation["teacher"]["nll"] < 1.55
     assert "kl" not in evaluation["teacher"]

@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_distill.keys import generator
 
-PAD_TO = 32  # widths are multiples of this: few shapes, so few traces of a compiled step
+PAD_TO = 16  # widths are multiples of this: few shapes, so few traces of a compiled step
 
 
 class Encoded(NamedTuple):

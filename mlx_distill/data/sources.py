@@ -91,10 +91,10 @@ def _corpus(source: Source, split: str) -> list[Row]:
     if source.source == "pocket":
         from mlx_distill.data import pocket
 
-        return pocket.rows(source.task or "code", split, source.rows, source.start)
+        return pocket.rows(source.task or "code", split, source.rows, source.start, source.seed)
     from mlx_distill.data import stdlib
 
-    return stdlib.rows(source.task or "code", split, source.rows, source.start)
+    return stdlib.rows(source.task or "code", split, source.rows, source.start, source.seed)
 
 
 def _local(name: str) -> Path | None:

@@ -1,11 +1,12 @@
 """Divergences between the teacher's distribution p and the student's q over the next token."""
 
 import mlx.core as mx
+from pydantic import PositiveFloat
 
 from mlx_distill.losses.targets import Targets, log_softmax
 
 
-def forward_kl(student: mx.array, targets: Targets, *, temperature: float = 1.0) -> mx.array:
+def forward_kl(student: mx.array, targets: Targets, *, temperature: PositiveFloat = 1.0) -> mx.array:
     """KL(p || q): the student must cover all that the teacher does.
 
     Args:

@@ -1,0 +1,159 @@
+"""Making, opening and replacing run folders, with all that may be in the way."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+import mlx_distill
+from mlx_distill import recipe
+from mlx_distill.console import Console
+from mlx_distill.doctor import memory_gib
+from mlx_distill.errors import DistillError, RunFolderError
+from mlx_distill.files import write_json, write_text
+from mlx_distill.interrupt import Interrupts
+from mlx_distill.mistakes import shown
+from mlx_distill.recipe import Recipe
+from mlx_distill.run import Run
+
+ROOT = Path("runs")
+FINGERPRINT = "fingerprint"  # the file that makes a folder a run's
+
+
+def check_folder(options: Recipe, *, resume: bool, overwrite: bool, root: Path = ROOT) -> None:
+    """Refuse a folder that is taken or cannot be written, before anything is read.
+
+    Raises:
+        RunFolderError: it exists and neither `resume` nor `overwrite` is given, it is no run folder, or
+            it cannot be written.
+    """
+    folder = root / options.name
+    if folder.is_dir() and not _holds_run(folder):
+        what = "--overwrite will not remove it" if overwrite else "choose another name with name=..."
+        raise RunFolderError(f"{folder} holds other files and is no run folder; {what}")
+    if folder.is_dir() and not (resume or overwrite):
+        raise RunFolderError(
+            f"{folder} holds a run already: go on with --resume, replace it with --overwrite, "
+            f"or choose another name with name={options.name}-2"
+        )
+    parent = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        why = "check its permissions, or run elsewhere" if parent.is_dir() else "it is no folder"
+        raise RunFolderError(f"{folder}: {parent} cannot be written; {why}")
+
+
+def _holds_run(folder: Path) -> bool:
+    """Whether a folder is a run's, or empty, as one is that was stopped right after it was made."""
+    names = {path.name for path in folder.iterdir()}
+    return FINGERPRINT in names or names <= {f".{FINGERPRINT}.part"}
+
+
+def open_run(
+    options: Recipe,
+    fingerprint: str,
+    console: Console,
+    interrupts: Interrupts | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    root: Path = ROOT,
+) -> Run:
+    """Make `root/NAME`, or open it to go on.
+
+    Args:
+        fingerprint: of the recipe and what it reads; a run only goes on with its own.
+        interrupts: the signals that the run heeds.
+
+    Raises:
+        RunFolderError: as `check_folder`, or it holds another recipe's run.
+    """
+    check_folder(options, resume=resume, overwrite=overwrite, root=root)
+    folder = root / options.name
+    known = folder / FINGERPRINT
+    if known.exists() and not overwrite and known.read_text().strip() != fingerprint:
+        raise RunFolderError(
+            f"{folder} was made {_difference(folder, options)}; "
+            "start anew with --overwrite, or choose another name with name=..."
+        )
+    try:
+        if overwrite and folder.exists():
+            _refuse_own_inputs(folder, options)
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(known, fingerprint + "\n")
+        write_text(folder / "recipe.yaml", recipe.dump(options))
+        write_json(folder / "environment.json", environment())
+    except RunFolderError:
+        raise
+    except OSError as error:
+        why = f"{folder}: cannot be written ({error.strerror or error}); check its permissions"
+        raise RunFolderError(why) from None
+    return Run(folder, console, interrupts)
+
+
+def _refuse_own_inputs(folder: Path, options: Recipe) -> None:
+    """Refuse to remove a folder that the recipe itself reads from."""
+    data = [getattr(options.data, key) for key in ("train", "prompts", "valid", "test")]
+    read = [options.student.model, options.teacher and options.teacher.model]
+    for name in [*read, *(source.source for source in data if source)]:
+        if name and Path(name).resolve().is_relative_to(folder.resolve()):
+            raise RunFolderError(f"{folder} holds {name}, which the recipe reads; choose another name=...")
+
+
+def _difference(folder: Path, options: Recipe) -> str:
+    """In what a run differs from the one that would go on: the first option, or what it read."""
+    try:
+        before = recipe.determining(recipe.load(folder / "recipe.yaml"))
+    except DistillError:  # an unreadable recipe differs as a whole
+        return "by another recipe"
+
+    def walk(left: Any, right: Any, path: str) -> str | None:
+        if isinstance(left, dict) and isinstance(right, dict):
+            keys = [*left, *(key for key in right if key not in left)]
+            pairs = (walk(left.get(key), right.get(key), f"{path}.{key}".lstrip(".")) for key in keys)
+            return next((found for found in pairs if found), None)
+        return None if left == right else f"`{path}` was {shown(left)} and is {shown(right)}"
+
+    found = walk(before, recipe.determining(options), "")
+    return (
+        f"by another recipe ({found})" if found else "with other data or other weights under the same names"
+    )
+
+
+def environment() -> dict[str, Any]:
+    """What ran and where, for the folder and every report."""
+    info = mx.device_info()
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "mlx_distill": mlx_distill.__version__,
+        "mlx": version("mlx"),
+        "mlx_lm": version("mlx-lm"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "device": f"{mx.default_device().type.name} {info.get('device_name', '')}".strip(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory_gib(), 2),
+        "blas": mlx_distill.BLAS,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this package's own checkout; null where it was installed without one."""
+    here = Path(__file__).parent
+    if not (here.parent / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
