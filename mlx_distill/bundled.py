@@ -30,7 +30,7 @@ def list_recipes() -> list[tuple[str, str]]:
 def find_recipe(name: str) -> Path:
     """A recipe file: `name` itself where it is one, else the bundled recipe of that name."""
     path = Path(name)
-    if not path.is_file() and path.suffix == "" and not path.is_absolute():
+    if not path.is_file() and path.suffix not in (".yaml", ".yml") and not path.is_absolute():
         bundled = recipes_folder() / f"{name}.yaml"
         if bundled.is_file():
             return bundled

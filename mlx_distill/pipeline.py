@@ -26,6 +26,7 @@ from mlx_distill.interrupt import Interrupts
 from mlx_distill.preflight import prepare
 from mlx_distill.quantize import quantized
 from mlx_distill.recipe import Recipe, Term
+from mlx_distill.student import widen
 from mlx_distill.run import StageLog
 from mlx_distill.run_folder import ROOT, check_folder, open_run
 from mlx_distill.teacher import LiveTeacher, NoTeacher
@@ -185,11 +186,19 @@ def _answered(work: Work) -> list[Encoded]:
 def _train(
     work: Work, stage: str, rows: list[Encoded], teacher: LiveTeacher | None, recipe: Recipe
 ) -> dict[str, Any]:
-    student = work.new_student()
+    student = work.new_student()._replace(tokenizer=work.prepared.tokenizer)
+    dtype = widen(student.model) if recipe.student.method == "full" else None
     batches = Batches(rows, recipe.train.batch_tokens, recipe.seed)
 
     def validate(model: nn.Module) -> dict[str, float]:
-        found = fidelity(model, work.prepared.valid, work.prepared.vocabulary, teacher=teacher)
+        found = fidelity(
+            model,
+            work.prepared.valid,
+            work.prepared.vocabulary,
+            teacher=teacher,
+            title=f"{stage}: validation",
+            progress=work.run.progress,
+        )
         return {name: found[name] for name in ("nll", "kl") if name in found}
 
     with work.run.interrupts.deferred():
@@ -203,6 +212,8 @@ def _train(
             validate if work.prepared.valid else None,
         )
     models.fused(student)
+    if dtype is not None:
+        student.model.set_dtype(dtype)
     work.save(stage, student)
     return {"train_tokens": used.train_tokens, "train_seconds": used.train_seconds, "rows": len(rows)}
 

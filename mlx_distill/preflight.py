@@ -11,7 +11,7 @@ from typing import Any
 from mlx_distill.data import sources
 from mlx_distill.data.batch import Encoded
 from mlx_distill.data.rows import Row
-from mlx_distill.data.template import encode, encode_prompt
+from mlx_distill.data.template import encode, encode_prompt, has_chat_template
 from mlx_distill.errors import DataError, RecipeError
 from mlx_distill.hub import is_name, model_folder
 from mlx_distill.models import check_architecture, load_tokenizer
@@ -63,7 +63,9 @@ def prepare(recipe: Recipe, progress: Progress = silent) -> Prepared:
         own = load_tokenizer(student_folder)
         if tokenizer is not None:
             check_same_vocabulary(own, tokenizer)
-        tokenizer = own
+        # The teacher answers in its own chat template, so the student learns that one, end of turn included.
+        if tokenizer is None or (has_chat_template(own) and not has_chat_template(tokenizer)):
+            tokenizer = own
     if tokenizer is None:
         assert recipe.student.tokenizer is not None  # the recipe was checked for it
         tokenizer = train_tokenizer((_text_of(row) for row in rows["train"]), recipe.student.tokenizer)

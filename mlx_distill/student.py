@@ -4,8 +4,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_distill import models
+from mlx_distill.errors import ModelError
 from mlx_distill.keys import seed_global
 from mlx_distill.models import Loaded
 from mlx_distill.recipe import Student
@@ -40,6 +42,27 @@ def add_adapters(model: Any, options: Student, seed: int) -> None:
         use_dora=options.method == "dora",
     )
     mx.eval(model.parameters())
+
+
+def widen(model: nn.Module) -> mx.Dtype | None:
+    """Turn half-precision weights that will move to float32, in place, and give the type they had.
+
+    Of weights around 0.02 in bfloat16, most steps of 1e-5 would be rounded away.
+
+    Raises:
+        ModelError: the weights are quantized, and so have no gradient.
+    """
+    if any("scales" in module for _, module in model.named_modules()):
+        raise ModelError(
+            "`student.model` is quantized, so its weights cannot move; use `student.method` lora, "
+            "or the unquantized model"
+        )
+    arrays: Any = tree_flatten(model.parameters())
+    halves = {array.dtype for _, array in arrays} & {mx.bfloat16, mx.float16}
+    if not halves:
+        return None
+    model.set_dtype(mx.float32)
+    return halves.pop()
 
 
 def checkpoint_layers(model: Any) -> None:

@@ -14,6 +14,8 @@ from mlx_distill.run import Run
 from mlx_distill.student import make_student
 from mlx_distill.teacher import LiveTeacher
 
+PROBE = 64  # tokens; logits of all positions are kept
+
 
 @dataclass
 class Work:
@@ -50,7 +52,8 @@ class Work:
         Not of `data.test`, which may be another when a run goes on.
         """
         rows = self.prepared.train
-        return rows[0].tokens if rows else self.prepared.prompts[0][1]
+        return (rows[0].tokens if rows else self.prepared.prompts[0][1])[:PROBE]
 
     def new_student(self) -> Loaded:
+        """The student before training. A loaded one still has its own tokenizer and chat template."""
         return make_student(self.recipe.student, self.prepared.tokenizer, self.recipe.seed)

@@ -13,7 +13,7 @@ from mlx_distill.errors import Fault, ModelError, RecipeError
 from mlx_distill.evaluate.fresh import check_equal, fresh_look
 from mlx_distill.quantize import quantized
 from mlx_distill.recipe import Quantize, Shape
-from mlx_distill.student import add_adapters
+from mlx_distill.student import add_adapters, widen
 from mlx_distill.teacher import check_same_vocabulary
 
 PROBE = [3, 5, 7, 11, 13]
@@ -119,6 +119,24 @@ def test_fusing_adapters_keeps_the_function(method, tokenizer, tmp_path):
     assert not any("lora" in name for name, _ in tree_flatten(fused.model.parameters()))
     models.save(tmp_path / "m", fused)
     assert np.array_equal(logits_of(models.load(str(tmp_path / "m"), "x")), logits_of(fused))
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_weights_that_move_are_float32_while_they_do(dtype):
+    model = tiny_model().model
+    assert widen(model) is None  # float32 already
+    model.set_dtype(dtype)
+    assert widen(model) == dtype
+    assert {value.dtype for _, value in tree_flatten(model.parameters())} == {mx.float32}
+    # What would happen otherwise: a small step is lost.
+    weight = mx.array(0.02, dtype=mx.bfloat16)
+    assert float(weight + mx.array(1e-5, dtype=mx.bfloat16)) == float(weight)
+
+
+def test_quantized_weights_cannot_move(tokenizer):
+    small = quantized(models.build(Shape(**SHAPE), tokenizer, seed=1), Quantize(bits=4, group_size=32))
+    with pytest.raises(ModelError, match=r"student\.method"):
+        widen(small.model)
 
 
 def test_layers_limits_the_adapters():

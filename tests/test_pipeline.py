@@ -252,8 +252,6 @@ UNREAD = {
     "Student.tokenizer": "a tokenizer of the student's own takes a run without a teacher: test_preflight",
     "NewTokenizer.pieces": "as above",
     "NewTokenizer.byte_fallback": "as above",
-    "Recipe.export": "its one value is what every run leaves",
-    "Export.formats": "as above",
 }
 
 

@@ -106,10 +106,13 @@ def test_rows_of_an_embedded_corpus_can_be_read(file: Path) -> None:
 def test_parts_of_one_split_of_a_corpus_share_no_row(file: Path) -> None:
     """Row i of a split is one function whatever the task, so parts are apart where their numbers are."""
     parts: dict[tuple[str, str], list[range]] = {}
+    seeds: dict[tuple[str, str], int] = {}  # another seed is another order of the same functions
     for key, source in _corpora(recipe.load(file)).items():
         assert source.rows is not None
         rows = range(source.start, source.start + source.rows)
-        others = parts.setdefault((source.source, source.split or sources.SPLITS[key]), [])
+        split = (source.source, source.split or sources.SPLITS[key])
+        assert seeds.setdefault(split, source.seed) == source.seed
+        others = parts.setdefault(split, [])
         assert all(rows.stop <= other.start or other.stop <= rows.start for other in others)
         others.append(rows)
 

@@ -12,7 +12,7 @@ from mlx_distill.losses.targets import log_softmax
 from mlx_distill.progress import Progress, silent
 from mlx_distill.teacher import LiveTeacher
 
-BATCH_TOKENS = 4096
+LOGITS = 2**26  # numbers of one model's logits held at once: 0.25 GiB in float32, in a few copies
 
 
 def fidelity(
@@ -40,7 +40,7 @@ def fidelity(
     nll: list[np.ndarray] = []
     kl: list[np.ndarray] = []
     agree: list[np.ndarray] = []
-    plan = in_order(rows, BATCH_TOKENS)
+    plan = in_order(rows, min(4096, LOGITS // vocabulary))
     with progress(title, len(rows), "rows") as advance:
         for indices in plan:
             batch = make_batch([rows[i] for i in indices])
