@@ -37,7 +37,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run of t
 def run_command(
     recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False
 ) -> None:
-    """Every stage: generate, train, baseline, quantize, evaluate, export, report."""
+    """All of it: answers, training, baseline, evidence, report."""
     _run(recipe, overrides, upto="report", resume=resume, overwrite=overwrite)
 
 
@@ -68,19 +68,19 @@ def train(
 
 @app.command()
 def quantize(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Quantize the student of a run again, doing first what is missing."""
+    """Quantize a run's student again; does first what is missing."""
     _run(recipe, overrides, upto="quantize", resume=True, again=True)
 
 
 @app.command()
 def evaluate(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Measure every model of a run again, doing first what is missing."""
+    """Measure a run's models again; does first what is missing."""
     _run(recipe, overrides, upto="evaluate", resume=True, again=True)
 
 
 @app.command()
 def export(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Check the exported models of a run again, doing first what is missing."""
+    """Check a run's exported models again; first what is missing."""
     _run(recipe, overrides, upto="export", resume=True, again=True)
 
 
@@ -93,7 +93,7 @@ def report(
         "comparison.html"
     ),
 ) -> None:
-    """Write the report of one run anew, or compare several side by side."""
+    """Write a run's report anew, or compare several runs."""
     from mlx_distill.report import write_comparison, write_report
 
     print(write_report(runs[0]) if len(runs) == 1 else write_comparison(runs, out))

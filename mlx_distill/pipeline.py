@@ -26,9 +26,9 @@ from mlx_distill.interrupt import Interrupts
 from mlx_distill.preflight import prepare
 from mlx_distill.quantize import quantized
 from mlx_distill.recipe import Recipe, Term
-from mlx_distill.student import widen
 from mlx_distill.run import StageLog
 from mlx_distill.run_folder import ROOT, check_folder, open_run
+from mlx_distill.student import widen
 from mlx_distill.teacher import LiveTeacher, NoTeacher
 from mlx_distill.train import train
 from mlx_distill.work import Work

@@ -2,7 +2,8 @@
 
 `load` reads strict YAML, applies `section.key=value` overrides and returns a frozen `Recipe`, or
 raises one `RecipeError` that lists every mistake with its path. No other module defines an option.
-The top-level keys are the modules that a batch meets, in that order.
+The top-level keys are the modules that a batch meets, in that order. The file is long because every
+option stands in it.
 """
 
 import hashlib
@@ -256,9 +257,8 @@ class Recipe(Section):
         if shape is not None and quantize is not None:
             widths = (shape.hidden_size, shape.intermediate_size, shape.attention_size)
             if all(width % quantize.group_size for width in widths):
-                mistakes.append(
-                    f"`quantize.group_size` {quantize.group_size} divides no width of `student.shape` {widths}"
-                )
+                size = quantize.group_size
+                mistakes.append(f"`quantize.group_size` {size} divides no width of `student.shape` {widths}")
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self

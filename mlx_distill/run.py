@@ -117,7 +117,9 @@ class StageLog:
             },
         )
         left = counters.seconds / counters.step * (recipe.train.steps - counters.step)
-        shown = {**losses, "tok/s": speed, "peak": mx.get_peak_memory() / 2**30}
+        shown = {**losses, "tok/s": speed}
+        if mx.default_device() == mx.gpu:  # on the CPU MLX's counter counts buffers never touched
+            shown["peak"] = mx.get_peak_memory() / 2**30
         self.run.console.step(f"{self.stage:9} {step_line(counters.step, recipe.train.steps, shown, left)}")
 
     def validation(self, step: int, values: dict[str, float]) -> None:

@@ -45,12 +45,30 @@ def test_widths_are_multiples_and_no_longer_than_needed():
 
 
 def test_each_row_comes_once_an_epoch_but_for_the_last_batch():
-    rows = rows_of([5] * 30 + [40] * 20 + [70] * 11)
+    rows = rows_of([5] * 300 + [40] * 200 + [70] * 111)
     batches = Batches(rows, batch_tokens=256, seed=0)
+    assert batches.passes == 1
     seen = Counter(i for _, batch in batches._plan(0) for i in batch)
     assert set(seen) == set(range(len(rows)))
     drawn_again = sum(seen.values()) - len(rows)
     assert 0 <= drawn_again < 256 // 80
+
+
+def test_few_rows_come_equally_often_and_fill_their_steps():
+    """100 labels must not train on fewer tokens a step than 5,000, or the baseline is treated unfairly."""
+    lengths = np.random.default_rng(0).integers(20, 75, size=3000).tolist()
+    few, many = Batches(rows_of(lengths[:100]), 2048, seed=0), Batches(rows_of(lengths), 2048, seed=0)
+    seen = Counter(i for _, batch in few._plan(0) for i in batch)
+    assert len(seen) == 100
+    assert max(seen.values()) - min(seen.values()) <= 2
+
+    def tokens_a_step(batches, plan):
+        return sum(len(batches.rows[i].tokens) for _, batch in plan for i in batch) / len(plan)
+
+    whole = tokens_a_step(many, many._plan(0))
+    assert tokens_a_step(few, few._plan(0)) > 0.95 * whole
+    few.passes = 1  # leftovers of every width padded to the widest
+    assert tokens_a_step(few, few._plan(0)) < 0.93 * whole
 
 
 def test_every_step_is_of_full_size():

@@ -7,6 +7,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 from tiny import largest_gap, rows_of, tiny_model, tiny_recipe
 
+from mlx_distill import checkpoint
 from mlx_distill.console import Console
 from mlx_distill.data.batch import Batches, make_batch
 from mlx_distill.errors import Diverged
@@ -140,7 +141,7 @@ class SilentLog:
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_resumed_run_ends_with_the_same_bits(method, tmp_path):
+def test_a_resumed_run_ends_with_the_same_bits(method, tmp_path, monkeypatch):
     rows = rows_of([9, 4, 13, 7, 30, 2])
     student = (
         {"method": method, "rank": 4, "dropout": 0.1, "model": "x", "shape": None} if method == "lora" else {}
@@ -168,9 +169,16 @@ def test_a_resumed_run_ends_with_the_same_bits(method, tmp_path):
     one, other = (dict(tree_flatten(m.model.parameters())) for m in (whole, resumed))
     assert all(mx.array_equal(one[name], other[name]) for name in one)
 
-    # A run that forgets its optimizer, or where it was in the data, ends elsewhere.
-    forgetful = fresh()
-    train_on(forgetful, rows, tiny_recipe(student=student, train={"steps": 5}), None)
+    # A run that forgets its optimizer ends elsewhere.
+    load = checkpoint.load
+    monkeypatch.setattr(
+        checkpoint, "load", lambda folder, student, _: load(folder, student, make_optimizer(recipe.train))
+    )
+    forgetful, log = fresh(), open_log(tmp_path / "forgetful")
+    log.interrupts.number = 2
+    with pytest.raises(Interrupted):
+        train_on(forgetful, rows, recipe, log)
+    train_on(forgetful, rows, recipe, open_log(tmp_path / "forgetful"))
     assert largest_gap(dict(tree_flatten(forgetful.model.parameters())), one) > 1e-4
 
 

@@ -53,15 +53,19 @@ class Batches:
     """An endless, indexable sequence of batches of about `batch_tokens` tokens each.
 
     Batch i is a function of the rows, the seed and i alone, so a resumed run needs no more than i.
-    Within an epoch each row comes once; rows of like length share a batch. What is left over in a
-    width joins the next wider one, and the last batch is filled up with rows drawn again, so that
-    every step is of full size and each width has one shape.
+    Rows of like length share a batch. What is left over in a width joins the next wider one, and the
+    last batch is filled up with rows drawn again, so that every step is of full size and each width
+    has one shape. Within an epoch each row comes once; or several times, equally often, where there
+    are so few rows that leftovers would be much of it: a step then holds as many tokens, padding
+    aside, as a step over many rows.
     """
 
     def __init__(self, rows: Sequence[Encoded], batch_tokens: int, seed: int, purpose: str = "order"):
         if not rows:
             raise ValueError("no rows to make batches of")
         self.rows, self.batch_tokens, self.seed, self.purpose = rows, batch_tokens, seed, purpose
+        sizes = [self.size(width) for width in {_width(len(row.tokens), PAD_TO) for row in rows}]
+        self.passes = -(-8 * sum(sizes) // len(rows))
         self._epoch = -1
         self._order: list[tuple[int, list[int]]] = []
         self.per_epoch = len(self._plan(0))
@@ -77,8 +81,9 @@ class Batches:
         """Width and indices into `rows` of each batch of an epoch."""
         random = generator(self.seed, self.purpose, epoch)
         by_width: dict[int, list[int]] = defaultdict(list)
-        for i in random.permutation(len(self.rows)).tolist():
-            by_width[_width(len(self.rows[i].tokens), PAD_TO)].append(i)
+        for _ in range(self.passes):
+            for i in random.permutation(len(self.rows)).tolist():
+                by_width[_width(len(self.rows[i].tokens), PAD_TO)].append(i)
         batches: list[tuple[int, list[int]]] = []
         left: list[int] = []
         for width in sorted(by_width):
