@@ -58,9 +58,11 @@ class Console:
         self._stream = stream or sys.stdout
         self._clock = clock
         self._bars: _Bars | None = None
+        self._said = float("-inf")  # when the last line was printed
 
     def say(self, line: str) -> None:
         """Print a line, above the bars where there are any."""
+        self._said = self._clock()
         if self._bars:
             self._bars.say(line)
         else:
@@ -80,7 +82,7 @@ class Console:
             def advance(amount: int = 1, **columns: float) -> None:
                 meter.done += amount
                 meter.columns.update(columns)
-                if not shown and meter.due():
+                if not shown and meter.due(self._said):
                     self.say(meter.line())
 
             yield advance
@@ -119,10 +121,13 @@ class _Meter:
     def elapsed(self) -> float:
         return self._clock() - self._start
 
-    def due(self) -> bool:
-        """Whether a plain line is due; asking counts as printing it."""
+    def due(self, said: float) -> bool:
+        """Whether a plain line is due, the last line of any kind having been `said` then.
+
+        Asking counts as printing it.
+        """
         now = self._clock()
-        if now - self._last < EVERY:
+        if now - max(self._last, said) < EVERY:
             return False
         self._last = now
         return True

@@ -5,6 +5,7 @@ one that is missing.
 """
 
 import errno
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,11 +27,13 @@ from mlx_distill.interrupt import Interrupts
 from mlx_distill.preflight import prepare
 from mlx_distill.quantize import quantized
 from mlx_distill.recipe import Recipe, Term
+from mlx_distill.report import write_report
 from mlx_distill.run import StageLog
 from mlx_distill.run_folder import ROOT, check_folder, open_run
 from mlx_distill.student import widen
 from mlx_distill.teacher import LiveTeacher, NoTeacher
 from mlx_distill.train import train
+from mlx_distill.verdict import verdict
 from mlx_distill.work import Work
 
 STAGES = ("generate", "train", "baseline", "quantize", "evaluate", "export", "report")
@@ -231,11 +234,13 @@ def quantize_student(work: Work) -> dict[str, Any]:
 
 
 def report(work: Work) -> dict[str, Any]:
-    from mlx_distill.report import write_report
-
-    if not (work.run.folder / "evaluation.json").exists():
+    evaluation = work.run.folder / "evaluation.json"
+    if not evaluation.exists():
         return {}
     path = write_report(work.run.folder)
+    work.run.console.say("")
+    for sentence in verdict(json.loads(evaluation.read_text(encoding="utf-8"))["models"]):
+        work.run.console.say(sentence)
     work.run.console.say(f"report: {path}")
     return {"path": path.name}
 

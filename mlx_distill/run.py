@@ -1,7 +1,7 @@
 """The run folder: what a run leaves behind, and what it shows while it works."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,13 @@ class StageLog:
         self.run, self.stage, self.interrupts = run, stage, run.interrupts
         self._prefix = "" if stage == "student" else f"{stage}-"
         self._checkpoints = run.folder / "checkpoints"
+
+    def steps(self, first: int, last: int) -> Iterator[int]:
+        """Numbers of the steps to take, shown as progress."""
+        with self.run.progress(self.stage, max(0, last + 1 - first), "steps") as advance:
+            for step in range(first, last + 1):
+                yield step
+                advance()
 
     def metrics(self, counters: Counters, recipe: Recipe, gradient_norm: float, learning_rate: float) -> None:
         """Log the means since the last line, in nats a counted label, and close the window."""

@@ -103,7 +103,7 @@ def train(
     step_functions = make_step(student, optimizer, recipe, vocabulary)
     started = time.perf_counter() - counters.seconds
 
-    for step in range(counters.step + 1, options.steps + 1):
+    for step in log.steps(counters.step + 1, options.steps):
         if recipe.student.dropout:
             seed_global(recipe.seed, "dropout", step)
         sums, parts, count = _accumulate(step, teacher, batches, options.micro_batches, step_functions)
