@@ -1,6 +1,7 @@
 """Text that a model writes: greedy, many rows at a time, with mlx-lm's continuous batching."""
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -48,13 +49,20 @@ def generate(
     # Gives back the wired limit that the constructor raised (reported kernel panics), and no more.
     generator.close()
     # Prompts of like length next to each other waste little padding in the prefill.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    uids = generator.insert([list(prompts[i]) for i in order])
-    row_of = dict(zip(uids, order, strict=True))
-    written: dict[int, list[int]] = {uid: [] for uid in uids}
+    waiting = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
+    row_of: dict[int, int] = {}
+    written: dict[int, list[int]] = {}
     started, total = time.perf_counter(), 0
     with progress(title, len(prompts), "rows") as advance:
-        while responses := generator.next_generated():
+        while waiting or written:
+            # mlx-lm prefills whatever waits, and copies all caches, at each step with a free place;
+            # letting half of the places come free first is nearly twice as fast for short answers.
+            if waiting and len(written) <= batch_size * 3 // 4:
+                rows = [waiting.popleft() for _ in range(min(batch_size - len(written), len(waiting)))]
+                uids = generator.insert([list(prompts[row]) for row in rows])
+                row_of |= zip(uids, rows, strict=True)
+                written |= {uid: [] for uid in uids}
+            responses = generator.next_generated()
             total += len(responses)
             for response in responses:
                 if response.finish_reason != "stop":

@@ -20,6 +20,8 @@ def forward_kl(student: mx.array, targets: Targets, *, temperature: PositiveFloa
     """
     if targets.logits is None:
         raise ValueError("forward_kl needs the teacher's logits")
-    log_p = log_softmax(mx.stop_gradient(targets.logits) / temperature)
-    log_q = log_softmax(student / temperature)
+    teacher = mx.stop_gradient(targets.logits)
+    if temperature != 1:
+        teacher, student = teacher / temperature, student / temperature
+    log_p, log_q = log_softmax(teacher), log_softmax(student)
     return temperature**2 * (mx.exp(log_p) * (log_p - log_q)).sum(-1)
