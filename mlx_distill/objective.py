@@ -17,8 +17,8 @@ def objective(
     number of counted tokens. A mean of means would weigh a token of a short row more.
 
     Args:
-        student_logits: (B, T, V), already cut to the tokenizer's vocabulary.
-        counted: (B, T) bool.
+        student_logits: (B, T, V), already cut to the tokenizer's vocabulary; in training (1, N, V).
+        counted: (B, T) bool; in training (1, N), false where N was filled up.
 
     Returns:
         total: scalar, nats. parts: loss name -> its own sum before the weight, for the log.

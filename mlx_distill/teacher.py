@@ -4,14 +4,14 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from mlx_distill.data.batch import Batch
+from mlx_distill.data.batch import Batch, at_places, counted_places
 from mlx_distill.errors import ModelError
 from mlx_distill.losses import Targets
 from mlx_distill.models import Loaded
 
 
 class Teaches(Protocol):
-    """Whatever gives targets for a batch."""
+    """Whatever gives targets for the counted places of a batch."""
 
     def targets(self, batch: Batch) -> Targets: ...
 
@@ -30,25 +30,27 @@ class LiveTeacher:
         self.model.freeze()
         self.model.eval()
         # Compiled once a shape. Its weights are inputs, not constants baked into each trace.
-        self._compiled = mx.compile(self._forward, inputs=[self.model.state])
+        self.logits = mx.compile(self._logits, inputs=[self.model.state])
+        self._logits_at = mx.compile(
+            lambda tokens, places: at_places(self._logits(tokens), places), inputs=[self.model.state]
+        )
 
-    def logits(self, tokens: mx.array) -> mx.array:
+    def _logits(self, tokens: mx.array) -> mx.array:
         """(B, T, V) over the real vocabulary, in the model's own float type."""
-        return self._compiled(tokens)
-
-    def _forward(self, tokens: mx.array) -> mx.array:
         return self.model(tokens)[..., : self.vocabulary]
 
     def targets(self, batch: Batch) -> Targets:
-        """Labels and the teacher's logits (B, T, V) in its own float type, without a gradient."""
-        return Targets(batch.labels, mx.stop_gradient(self.logits(batch.tokens)))
+        """Labels and the teacher's logits, in its own float type and without a gradient."""
+        places = counted_places(batch)
+        logits = mx.stop_gradient(self._logits_at(batch.tokens, places))
+        return Targets(at_places(batch.labels, places), logits)
 
 
 class NoTeacher:
     """Labels alone: plain training, and the baseline."""
 
     def targets(self, batch: Batch) -> Targets:
-        return Targets(batch.labels)
+        return Targets(at_places(batch.labels, counted_places(batch)))
 
 
 def check_same_vocabulary(student: Any, teacher: Any) -> int:

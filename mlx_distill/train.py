@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mlx_distill.data.batch import Batch, Batches
+from mlx_distill.data.batch import Batch, Batches, at_places, counted_places
 from mlx_distill.errors import Diverged
 from mlx_distill.keys import seed_global
 from mlx_distill.losses import Targets
@@ -45,14 +45,14 @@ def make_step(student: nn.Module, optimizer: Any, recipe: Recipe, vocabulary: in
     count)` divides once, clips, updates student and optimizer in place, and gives the norm.
     """
 
-    def total(batch: Batch, targets: Targets) -> tuple[mx.array, dict[str, mx.array]]:
-        logits = student(batch.tokens)[..., :vocabulary]
-        return objective(recipe.objective, logits, targets, batch.counted)
+    def total(tokens: mx.array, places: mx.array, targets: Targets) -> tuple[mx.array, dict[str, mx.array]]:
+        logits = at_places(student(tokens)[..., :vocabulary], places)
+        return objective(recipe.objective, logits, targets, (places >= 0)[None])
 
     value_and_gradients = nn.value_and_grad(student, total)
 
-    def gradients(batch: Batch, targets: Targets) -> tuple[Any, dict[str, mx.array]]:
-        (_, parts), sums = value_and_gradients(batch, targets)
+    def gradients_at(tokens: mx.array, places: mx.array, targets: Targets) -> tuple[Any, dict[str, mx.array]]:
+        (_, parts), sums = value_and_gradients(tokens, places, targets)
         return sums, parts
 
     def update(sums: Any, count: mx.array) -> mx.array:
@@ -67,10 +67,13 @@ def make_step(student: nn.Module, optimizer: Any, recipe: Recipe, vocabulary: in
         # differentiating leaves tracers in the student, so its state is an output there too.
         random = [mx.random.state] if recipe.student.dropout else []
         read = [student.state, *random]
-        gradients = mx.compile(gradients, inputs=read, outputs=read)
+        gradients_at = mx.compile(gradients_at, inputs=read, outputs=read)
         changed = [student.state, optimizer.state]
         update = mx.compile(update, inputs=changed, outputs=changed)
-    return Step(gradients, update)
+    return Step(
+        lambda batch, targets: gradients_at(batch.tokens, counted_places(batch), targets),
+        update,
+    )
 
 
 def train(

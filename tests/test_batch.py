@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 from tiny import rows_of
 
-from mlx_distill.data.batch import Batches, Encoded, in_order, make_batch
+from mlx_distill.data.batch import (
+    PLACES_TO,
+    Batches,
+    Encoded,
+    at_places,
+    counted_places,
+    in_order,
+    make_batch,
+)
 
 
 def test_a_hand_made_case():
@@ -30,6 +38,16 @@ def test_mlx_lm_counts_one_padding_token_a_row_and_we_do_not():
     steps = np.arange(1, 9)  # as mlx-lm has them for a row padded to this width
     theirs = (steps >= row.start) & (steps <= len(row.tokens))
     assert int(theirs.sum()) == 3
+
+
+def test_places_are_those_of_the_counted_labels():
+    batch = make_batch([Encoded([5, 6, 7, 8, 1], 2), Encoded([5, 9, 1], 1)], pad_to=6)
+    places = counted_places(batch)
+    assert places.tolist() == [1, 2, 3, 6, 7] + [-1] * (PLACES_TO - 5)
+    assert at_places(batch.labels, places)[0, :5].tolist() == [7, 8, 1, 9, 1]
+    deep = mx.arange(2 * 6 * 4).reshape(2, 6, 4)
+    assert at_places(deep, places).shape == (1, PLACES_TO, 4)
+    assert mx.array_equal(at_places(deep, places)[0, 3], deep[1, 0])
 
 
 def test_padding_is_known_by_place_and_not_by_id():

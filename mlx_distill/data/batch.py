@@ -12,6 +12,7 @@ import numpy as np
 
 from mlx_distill.keys import generator
 
+PLACES_TO = 128  # numbers of counted places are multiples of this, for the same reason
 PAD_TO = 16  # widths are multiples of this: few shapes, so few traces of a compiled step
 
 
@@ -47,6 +48,20 @@ def make_batch(rows: Sequence[Encoded], pad_to: int = PAD_TO) -> Batch:
     counted = (index >= starts) & (index < ends)
     arrays: list[Any] = [padded[:, :-1], padded[:, 1:], counted]
     return Batch(*(mx.array(array) for array in arrays))
+
+
+def counted_places(batch: Batch) -> mx.array:
+    """Where the counted labels are in the flattened batch, (N,) int32.
+
+    N is rounded up to a multiple of `PLACES_TO`; the places that fill it up are -1.
+    """
+    places = np.flatnonzero(np.array(batch.counted)).astype(np.int32)
+    return mx.array(np.pad(places, (0, -len(places) % PLACES_TO), constant_values=-1))
+
+
+def at_places(values: mx.array, places: mx.array) -> mx.array:
+    """What a (B, T, ...) array holds at the places, as (1, N, ...); a place of -1 holds anything."""
+    return values.reshape(-1, *values.shape[2:])[mx.maximum(places, 0)][None]
 
 
 class Batches:

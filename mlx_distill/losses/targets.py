@@ -6,7 +6,11 @@ import mlx.core as mx
 
 
 class Targets(NamedTuple):
-    """One batch's answers, at every position of `Batch.tokens`."""
+    """What a batch should have been answered with.
+
+    A loss sees it as (B, T); in training that is (1, N), the counted places of the batch alone, so
+    that no loss is computed, and no logits are kept, where nothing is counted.
+    """
 
     labels: mx.array  # (B, T) int32, the token that follows
     logits: mx.array | None = None  # (B, T, V) of the teacher, any float type; None without one
