@@ -38,6 +38,7 @@ def evaluate_models(work: Work) -> dict[str, Any]:
             prepared.vocabulary,
             teacher=teacher,
             folder=folder,
+            timed=name != "baseline",
             progress=work.run.progress,
         )
         for key in ("train_tokens", "train_seconds"):
