@@ -149,6 +149,10 @@ def _first(count: int, split: str, seed: int) -> list[Function]:
     """The first functions of a split; what was made before is not made again."""
     made, more = _stream(split, seed)
     made.extend(islice(more, max(0, count - len(made))))
+    if len(made) < count:
+        raise DataError(
+            f"pocket: {len(made)} functions nearly exhaust the split {split!r}; ask for fewer rows"
+        )
     return made[:count]
 
 
@@ -158,7 +162,7 @@ def _stream(split: str, seed: int) -> tuple[list[Function], Iterator[Function]]:
 
 
 def _functions(split: str, seed: int) -> Iterator[Function]:
-    """The functions of a split in the order of the seed, each once."""
+    """The functions of a split in the order of the seed, each once, until hardly a new one comes."""
     # Of all methods of Random only random() is promised to stay the same in later versions of Python.
     draw = Random(f"pocket {split} {seed}").random
     seen, fruitless = set(), 0
@@ -169,7 +173,6 @@ def _functions(split: str, seed: int) -> Iterator[Function]:
             seen.add(text)
             fruitless = 0
             yield function
-    raise DataError(f"pocket: {len(seen)} functions nearly exhaust the split {split!r}; ask for fewer rows")
 
 
 def _candidate(draw) -> Function:
