@@ -15,11 +15,6 @@ def _words(seed: int, purpose: str, step: int) -> int:
     return int.from_bytes(digest[:8], "big")
 
 
-def key(seed: int, purpose: str, step: int = 0) -> mx.array:
-    """A key for the functions of `mx.random`."""
-    return mx.random.key(_words(seed, purpose, step))
-
-
 def generator(seed: int, purpose: str, step: int = 0) -> np.random.Generator:
     """A NumPy generator, for orders and choices made outside the models."""
     return np.random.default_rng(_words(seed, purpose, step))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from mlx_distill.errors import ModelError
 from mlx_distill.hub import model_folder
@@ -119,11 +119,6 @@ def parameter_count(model: nn.Module) -> int:
     from mlx_lm.utils import get_total_parameters
 
     return get_total_parameters(model)
-
-
-def trainable_count(model: nn.Module) -> int:
-    arrays: Any = tree_flatten(model.trainable_parameters())
-    return sum(array.size for _, array in arrays)
 
 
 def _rope(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Offline, live-teacher and plain training differ in the rows, the targets and the
 move; the loop is the same. A step is one finished optimizer update.
 """
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -115,7 +116,7 @@ def train(
         mx.eval(student.state, optimizer.state, parts, count, size)
 
         # From here on, `step` names the weights just made.
-        if not bool(mx.isfinite(size)):
+        if not math.isfinite(float(size)):
             raise Diverged(
                 f"{log.stage}: the gradient is not finite at step {step}; lower `train.learning_rate` "
                 f"(now {options.learning_rate:g}) or raise `train.warmup`"

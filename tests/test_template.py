@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mlx_distill.data.rows import Row
-from mlx_distill.data.template import answer_row, decode_answer, encode, encode_prompt
+from mlx_distill.data.template import decode_answer, encode, encode_prompt
 from mlx_distill.errors import DataError
 
 CHATML = (
@@ -130,14 +130,19 @@ def test_a_tokenizer_without_end_of_turn() -> None:
         encode(Row(text="x"), tokenizer)
 
 
-def test_an_answer_takes_its_place() -> None:
-    row = Row(prompt="x", completion="old", tests=("t",), task="code", origin="o")
-    assert answer_row(row, "new") == Row(prompt="x", completion="new", tests=("t",), task="code", origin="o")
-    assert answer_row(Row(messages=CHAT), "5").messages == (*CHAT[:3], {"role": "assistant", "content": "5"})
-    assert answer_row(Row(messages=CHAT[:3]), "4").messages == CHAT
-    for refused in (lambda row: answer_row(row, "new"), lambda row: encode_prompt(row, characters())):
-        with pytest.raises(DataError, match="plain `text` has no prompt"):
-            refused(Row(text="x"))
+def test_plain_text_has_no_prompt() -> None:
+    with pytest.raises(DataError, match="plain `text` has no prompt"):
+        encode_prompt(Row(text="x"), characters())
+
+
+def test_question_and_answer_of_a_row() -> None:
+    assert (Row(prompt="x", completion="y").question(), Row(prompt="x", completion="y").answer()) == (
+        "x",
+        "y",
+    )
+    assert Row(messages=CHAT).answer() == CHAT[-1]["content"]
+    assert Row(messages=CHAT[:3]).answer() is None
+    assert Row(messages=CHAT).question() == CHAT[2]["content"]
 
 
 @pytest.fixture(scope="module")

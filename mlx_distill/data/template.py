@@ -5,7 +5,6 @@ given when it generates; encoded as one string, a tokenizer may merge across the
 only the last assistant message is counted, as in mlx-lm; earlier ones are part of the prompt.
 """
 
-from dataclasses import replace
 from typing import Any
 
 from mlx_distill.data.batch import Encoded
@@ -70,21 +69,6 @@ def encode_prompt(row: Row, tokenizer: Any) -> list[int]:
     if row.tools is not None:
         raise DataError(f"{row.origin}: `tools` need a chat template, and the tokenizer has none")
     return _opening(row.prompt, tokenizer)
-
-
-def answer_row(row: Row, answer: str) -> Row:
-    """The same row with `answer` in place of the answer it had, or had not.
-
-    Raises:
-        DataError: plain text, which has no answer.
-    """
-    if row.text is not None:
-        raise DataError(f"{row.origin}: plain `text` has no prompt that could be answered")
-    if row.messages is None:
-        return replace(row, completion=answer)
-    answered = row.messages[-1]["role"] == "assistant"
-    before = row.messages[:-1] if answered else row.messages
-    return replace(row, messages=(*before, {"role": "assistant", "content": answer}))
 
 
 def decode_answer(tokens: list[int], tokenizer: Any) -> str:
