@@ -56,7 +56,7 @@ def generate(
     with progress(title, len(prompts), "rows") as advance:
         while waiting or written:
             # mlx-lm prefills whatever waits, and copies all caches, at each step with a free place;
-            # letting half of the places come free first is nearly twice as fast for short answers.
+            # letting a quarter of the places come free first is a quarter faster for short answers.
             if waiting and len(written) <= batch_size * 3 // 4:
                 rows = [waiting.popleft() for _ in range(min(batch_size - len(written), len(waiting)))]
                 uids = generator.insert([list(prompts[row]) for row in rows])
