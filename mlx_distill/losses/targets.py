@@ -5,6 +5,18 @@ from typing import NamedTuple
 import mlx.core as mx
 
 
+class Top(NamedTuple):
+    """The teacher's k likeliest tokens and, as one more outcome, all others together.
+
+    The log-probabilities are over the whole vocabulary and at the objective's temperature; they are
+    never renormalised, so the k+1 outcomes add up to one. Without `log_tail` the k add up to less.
+    """
+
+    indices: mx.array  # (B, T, k) int32, distinct, in any order
+    log_p: mx.array  # (B, T, k) float32
+    log_tail: mx.array | None  # (B, T) float32, log of the mass of all others; None: left out
+
+
 class Targets(NamedTuple):
     """What a batch should have been answered with.
 
@@ -13,7 +25,8 @@ class Targets(NamedTuple):
     """
 
     labels: mx.array  # (B, T) int32, the token that follows
-    logits: mx.array | None = None  # (B, T, V) of the teacher, any float type; None without one
+    logits: mx.array | None = None  # (B, T, V) of the teacher, any float type
+    top: Top | None = None  # in place of `logits`
 
 
 def log_softmax(logits: mx.array) -> mx.array:
