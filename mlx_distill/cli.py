@@ -59,6 +59,14 @@ def generate(
 
 
 @app.command()
+def cache(
+    recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False
+) -> None:
+    """Every stage up to the stored targets of teachers with `source: cache`."""
+    _run(recipe, overrides, upto="cache", resume=resume, overwrite=overwrite)
+
+
+@app.command()
 def train(
     recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False
 ) -> None:

@@ -47,7 +47,8 @@ def wanted(mistake: Any) -> str:
         case "bool_type":
             return "true or false"
         case _:
-            return mistake["msg"].removeprefix("Input should be ").replace("a valid ", "a ")
+            said = mistake["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            return said.replace("a valid ", "a ")
 
 
 def shown(value: Any) -> str:

@@ -5,6 +5,7 @@ one that is missing.
 """
 
 import errno
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,28 +16,35 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_distill import models
+from mlx_distill.answers import generate_answers, training_rows
+from mlx_distill.cache import CachedTeacher, write_cache
 from mlx_distill.console import Console
 from mlx_distill.data.batch import Batches, Encoded
+from mlx_distill.data.rows import Row
 from mlx_distill.data.sources import digest
-from mlx_distill.data.template import decode_answer, end_of_turn_ids
-from mlx_distill.errors import DataError, DistillError, Stopped
+from mlx_distill.data.template import encode
+from mlx_distill.errors import DistillError, Stopped
+from mlx_distill.evaluate.exits import exits_of
 from mlx_distill.evaluate.fidelity import fidelity
 from mlx_distill.evaluate.stage import evaluate_models, export_student
-from mlx_distill.generate import generate
 from mlx_distill.interrupt import Interrupts
+from mlx_distill.matching import teacher_layers
+from mlx_distill.models import Loaded
+from mlx_distill.models.first_layers import first_layers
 from mlx_distill.preflight import prepare
 from mlx_distill.quantize import quantized
 from mlx_distill.recipe import Recipe, Term
 from mlx_distill.report import write_report
 from mlx_distill.run import StageLog
 from mlx_distill.run_folder import ROOT, check_folder, open_run
+from mlx_distill.spans import ForeignTeacher
 from mlx_distill.student import widen
-from mlx_distill.teacher import LiveTeacher, NoTeacher
+from mlx_distill.teacher import LiveTeacher, Teaches
 from mlx_distill.train import train
 from mlx_distill.verdict import verdict
 from mlx_distill.work import Work
 
-STAGES = ("generate", "train", "baseline", "quantize", "evaluate", "export", "report")
+STAGES = ("generate", "cache", "train", "baseline", "quantize", "evaluate", "export", "report")
 
 
 def run(
@@ -73,6 +81,7 @@ def run(
         console.say(_headline(work))
         stages: dict[str, Callable[[Work], dict[str, Any]]] = {
             "generate": generate_answers,
+            "cache": store_targets,
             "train": train_student,
             "baseline": train_baseline,
             "quantize": quantize_student,
@@ -104,58 +113,44 @@ def resumable_if_full() -> Iterator[None]:
         ) from error
 
 
-def generate_answers(work: Work) -> dict[str, Any]:
-    """The teacher answers `data.prompts`; answers it does not finish, or leaves empty, are dropped."""
-    asked = work.prepared.prompts
-    if not asked:
-        return {}
-    options, teacher = work.recipe.generate, work.teacher()
-    ends = end_of_turn_ids(teacher.tokenizer)
-    answers = generate(
-        teacher.model,
-        [tokens for _, tokens in asked],
-        ends,
-        max_tokens=options.max_tokens,
-        batch_size=options.batch_size,
-        title="teacher answers",
-        progress=work.run.progress,
-    )
-    rows, reasons = [], {}
-    for (row, tokens), answer in zip(asked, answers, strict=True):
-        text = decode_answer(answer.tokens, teacher.tokenizer)
-        reason = None
-        if not answer.finished:
-            reason = f"unfinished within {options.max_tokens} tokens"
-        elif not text.strip():
-            reason = "empty"
-        elif len(tokens) + len(answer.tokens) >= work.recipe.data.max_tokens:
-            reason = f"longer than data.max_tokens {work.recipe.data.max_tokens}"
-        if reason:
-            reasons[reason] = reasons.get(reason, 0) + 1
-        rows.append(
-            {
-                "prompt": row.question(),
-                "answer": text,
-                "tokens": answer.tokens,
-                "kept": not reason,
-                "reason": reason,
-            }
+def store_targets(work: Work) -> dict[str, Any]:
+    """Each teacher with `source: cache` reads every row once; its targets are stored, and it is unloaded."""
+    stored = {}
+    for place, options in work.recipe.teachers.items():
+        if options.source != "cache":
+            continue
+        _, rows = training_rows(work)
+        assert options.top_k is not None  # the recipe was checked for it
+        live = work.live_teacher(place)
+        assert live is not None
+        write_cache(
+            _cache_folder(work, place),
+            live,
+            rows,
+            top_k=options.top_k,
+            temperature=work.recipe.temperature,
+            made_of=_made_of(work, rows),
+            title=f"{place}: cache",
+            progress=work.run.progress,
         )
-    kept = sum(row["kept"] for row in rows)
-    work.run.write_rows("generated", rows)
-    dropped = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none"
-    work.run.console.say(f"teacher answers: {kept} of {len(rows)} kept (dropped: {dropped})")
-    if not kept:
-        raise DataError(
-            f"`generate`: no answer of the teacher was kept ({dropped}); raise `generate.max_tokens`?"
-        )
-    return {"written": len(rows), "kept": kept, "dropped": reasons}
+        work.unload(place)
+        stored[place] = sum(len(row.tokens) - row.start for row in rows)
+    return stored
+
+
+def _cache_folder(work: Work, place: str) -> Path:
+    return work.run.folder / "cache" / place
+
+
+def _made_of(work: Work, rows: list[Encoded]) -> dict[str, Any]:
+    """What a cache depends on; the fingerprint covers the teacher, its options and the data."""
+    read = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return {"fingerprint": work.prepared.fingerprint, "rows": read}
 
 
 def train_student(work: Work) -> dict[str, Any]:
     """The student learns from the labels, the teacher's answers, and the teacher's probabilities."""
-    teacher = work.live_teacher()
-    return _train(work, "student", [*work.prepared.train, *_answered(work)], teacher, work.recipe)
+    return _train(work, "student", *training_rows(work), work.recipe)
 
 
 def train_baseline(work: Work) -> dict[str, Any]:
@@ -169,45 +164,33 @@ def train_baseline(work: Work) -> dict[str, Any]:
         why = "no labels: `data.train` is not given"
     if why:
         return {"why": why}
-    alone = work.recipe.model_copy(update={"objective": {"cross_entropy": Term()}})
-    return _train(work, "baseline", work.prepared.train, None, alone)
+    alone = work.recipe.model_copy(update={"objective": {"cross_entropy": Term()}, "teacher": None})
+    return _train(work, "baseline", work.prepared.train_rows, work.prepared.train, alone)
 
 
-def _answered(work: Work) -> list[Encoded]:
-    """Prompts with the very tokens that the teacher wrote."""
-    if not work.prepared.prompts:
-        return []
-    end = work.prepared.tokenizer.eos_token_id
-    start_of_all = work.recipe.data.count == "all"
-    return [
-        Encoded([*tokens, *row["tokens"], end], 1 if start_of_all else max(1, len(tokens)))
-        for (_, tokens), row in zip(work.prepared.prompts, work.run.read_rows("generated"), strict=True)
-        if row["kept"]
-    ]
-
-
-def _train(
-    work: Work, stage: str, rows: list[Encoded], teacher: LiveTeacher | None, recipe: Recipe
-) -> dict[str, Any]:
+def _train(work: Work, stage: str, read: list[Row], rows: list[Encoded], recipe: Recipe) -> dict[str, Any]:
     student = work.new_student()._replace(tokenizer=work.prepared.tokenizer)
     dtype = widen(student.model) if recipe.student.method == "full" else None
     batches = Batches(rows, recipe.train.batch_tokens, recipe.seed)
+    teachers = [_teaches(work, place, student, read, rows) for place in recipe.teachers]
+    # A cached teacher was unloaded to make room, and is not loaded again while the student trains.
+    watching = work.prepared.valid and work.recipe.teacher and work.recipe.teacher.source == "live"
+    compared = work.comparable_teacher() if watching else None
 
     def validate(model: nn.Module) -> dict[str, float]:
-        found = fidelity(
+        return fidelity(
             model,
             work.prepared.valid,
             work.prepared.vocabulary,
-            teacher=teacher,
+            teacher=compared,
             title=f"{stage}: validation",
             progress=work.run.progress,
         )
-        return {name: found[name] for name in ("nll", "kl") if name in found}
 
     with work.run.interrupts.deferred():
         used = train(
             student.model,
-            teacher if teacher is not None else NoTeacher(),
+            teachers,
             batches,
             recipe,
             work.prepared.vocabulary,
@@ -218,7 +201,26 @@ def _train(
     if dtype is not None:
         student.model.set_dtype(dtype)
     work.save(stage, student)
+    if stage == "student":
+        for layer in exits_of(recipe):
+            work.save(f"student-exit{layer}", first_layers(student, layer))
     return {"train_tokens": used.train_tokens, "train_seconds": used.train_seconds, "rows": len(rows)}
+
+
+def _teaches(work: Work, place: str, student: Loaded, read: list[Row], rows: list[Encoded]) -> Teaches:
+    """A teacher of the student, on these rows."""
+    options, files = work.recipe.teachers[place], work.prepared.teachers[place]
+    if options.source == "cache":
+        return CachedTeacher(_cache_folder(work, place), rows, _made_of(work, rows), tail=options.tail)
+    loaded = work.teacher(place)
+    if files.foreign:
+        theirs = [encode(row, files.tokenizer, count=work.recipe.data.count) for row in read]
+        tokenizer, size = work.prepared.tokenizer, work.prepared.vocabulary
+        return ForeignTeacher(loaded, files.vocabulary, rows, theirs, tokenizer, size)
+    terms = work.recipe.objective
+    depths: list[Any] = [student.model.layers, loaded.model.layers]
+    layers = teacher_layers(terms, *map(len, depths))
+    return LiveTeacher(loaded, files.vocabulary, layers)
 
 
 def quantize_student(work: Work) -> dict[str, Any]:

@@ -14,11 +14,26 @@ from mlx_distill.data.rows import Row
 from mlx_distill.data.template import encode, encode_prompt, has_chat_template
 from mlx_distill.errors import DataError, RecipeError
 from mlx_distill.hub import is_name, model_folder
+from mlx_distill.losses.exits import exit_weights
+from mlx_distill.losses.menu import MENU, option
+from mlx_distill.losses.relations import check_relation_heads
+from mlx_distill.matching import pairs_of
 from mlx_distill.models import check_architecture, load_tokenizer
+from mlx_distill.models.support import refuse_attention, refuse_exits, refuse_hidden
 from mlx_distill.progress import Progress, silent
-from mlx_distill.recipe import Data, Recipe, Source, fingerprint
+from mlx_distill.recipe import Data, Recipe, Source, Term, fingerprint
 from mlx_distill.teacher import check_same_vocabulary
 from mlx_distill.tokenizer import train_tokenizer
+
+
+@dataclass
+class TeacherFiles:
+    """A teacher before its weights are read."""
+
+    folder: Path
+    tokenizer: Any
+    vocabulary: int  # real size of the tokenizer
+    foreign: bool  # its vocabulary is not the student's
 
 
 @dataclass
@@ -27,11 +42,12 @@ class Prepared:
 
     recipe: Recipe
     fingerprint: str
-    tokenizer: Any  # of student and teacher alike
+    tokenizer: Any  # of the student, and of every teacher that is not foreign
     vocabulary: int  # its real size
-    teacher_folder: Path | None
+    teachers: dict[str, TeacherFiles]  # by their place in the recipe; the first one answers prompts
+    train_rows: list[Row]
     train: list[Encoded]
-    prompts: list[tuple[Row, list[int]]]  # rows for the teacher to answer, and their token ids
+    prompts: list[tuple[Row, list[int]]]  # rows for the teacher to answer, and its token ids for them
     valid: list[Encoded]
     test_rows: list[Row]
     test: list[Encoded]
@@ -51,24 +67,17 @@ def prepare(recipe: Recipe, progress: Progress = silent) -> Prepared:
     rows = read_rows(recipe.data, progress)
     _check_evaluation(recipe, rows["test"])
     folders |= _folders(recipe, lambda name: True)  # from the Hub, once all that is here was seen to be right
-    teacher_folder, student_folder = folders.get("teacher"), folders.get("student")
-    if teacher_folder is not None and student_folder is not None:
-        _check_tokenizer_files(student_folder, teacher_folder)
+    student_folder = folders.get("student")
+    if student_folder is not None and not recipe.across_tokenizers:
+        for key in recipe.teachers:
+            _check_tokenizer_files(student_folder, folders[key])
     for key, folder in folders.items():
         check_architecture(folder, f"{key}.model")
-    tokenizer = None
-    if teacher_folder is not None:
-        tokenizer = load_tokenizer(teacher_folder)
-    if student_folder is not None:
-        own = load_tokenizer(student_folder)
-        if tokenizer is not None:
-            check_same_vocabulary(own, tokenizer)
-        # The teacher answers in its own chat template, so the student learns that one, end of turn included.
-        if tokenizer is None or (has_chat_template(own) and not has_chat_template(tokenizer)):
-            tokenizer = own
-    if tokenizer is None:
-        assert recipe.student.tokenizer is not None  # the recipe was checked for it
-        tokenizer = train_tokenizer((_text_of(row) for row in rows["train"]), recipe.student.tokenizer)
+    check_objective(recipe, folders)
+    own = None if student_folder is None else load_tokenizer(student_folder)
+    if recipe.student.tokenizer is not None:
+        own = train_tokenizer((_text_of(row) for row in rows["train"]), recipe.student.tokenizer)
+    teachers, tokenizer = _teachers(recipe, folders, own)
 
     encoded: dict[str, list[Encoded]] = {}
     kept: dict[str, list[Row]] = {}
@@ -79,7 +88,8 @@ def prepare(recipe: Recipe, progress: Progress = silent) -> Prepared:
         _refuse_none(key, rows[key], fits, min((len(row.tokens) for row in found), default=0), recipe)
         encoded[key], kept[key] = [found[i] for i in fits], [rows[key][i] for i in fits]
         dropped[key] = len(found) - len(fits)
-    asked = [(row, encode_prompt(row, tokenizer)) for row in rows["prompts"]]
+    answering = teachers["teacher"].tokenizer if teachers and teachers["teacher"].foreign else tokenizer
+    asked = [(row, encode_prompt(row, answering)) for row in rows["prompts"]]
     prompts = [(row, tokens) for row, tokens in asked if len(tokens) < recipe.data.max_tokens]
     _refuse_none("prompts", rows["prompts"], prompts, min((len(t) for _, t in asked), default=0), recipe)
     dropped["prompts"] = len(asked) - len(prompts)
@@ -94,7 +104,8 @@ def prepare(recipe: Recipe, progress: Progress = silent) -> Prepared:
         ),
         tokenizer,
         max(tokenizer.get_vocab().values()) + 1,
-        teacher_folder,
+        teachers,
+        kept["train"],
         encoded["train"],
         prompts,
         encoded["valid"],
@@ -122,8 +133,103 @@ def _is_corpus(source: Source) -> bool:
 
 def _folders(recipe: Recipe, wanted: Callable[[str], bool]) -> dict[str, Path]:
     """Folders of the models that the recipe loads, and that are wanted by name; their files are checked."""
-    named = {"teacher": recipe.teacher and recipe.teacher.model, "student": recipe.student.model}
-    return {key: model_folder(name, f"{key}.model") for key, name in named.items() if name and wanted(name)}
+    named = {key: teacher.model for key, teacher in recipe.teachers.items()}
+    if recipe.student.model is not None:
+        named["student"] = recipe.student.model
+    return {key: model_folder(name, f"{key}.model") for key, name in named.items() if wanted(name)}
+
+
+def _teachers(
+    recipe: Recipe, folders: dict[str, Path], own: Any | None
+) -> tuple[dict[str, TeacherFiles], Any]:
+    """Each teacher with its tokenizer compared, and the tokenizer that the student trains with.
+
+    Args:
+        own: the tokenizer of a loaded student, or the one trained for a new one; None: the teacher's.
+    """
+    loaded = {key: load_tokenizer(folders[key]) for key in recipe.teachers}
+    tokenizer = own if own is not None else loaded["teacher"]
+    teachers = {}
+    for key, theirs in loaded.items():
+        foreign = tokenizer.get_vocab() != theirs.get_vocab()
+        if foreign and not recipe.across_tokenizers:
+            check_same_vocabulary(tokenizer, theirs)
+        size = max(theirs.get_vocab().values()) + 1
+        teachers[key] = TeacherFiles(folders[key], theirs, size, foreign)
+    over_one = [
+        name for name in recipe.objective if MENU[name].needs_teacher and MENU[name].family != "spans"
+    ]
+    if over_one and all(teacher.foreign for teacher in teachers.values()):
+        raise RecipeError(
+            f"`objective.{over_one[0]}` compares over one vocabulary, and no teacher has the student's; "
+            "use `cross_tokenizer` alone"
+        )
+    if recipe.across_tokenizers and not any(teacher.foreign for teacher in teachers.values()):
+        raise RecipeError(
+            "`objective.cross_tokenizer`: teacher and student have one vocabulary; use `forward_kl`, which "
+            "is exact there"
+        )
+    # The teacher answers in its own chat template, so the student learns that one, end of turn included.
+    first = teachers.get("teacher")
+    if first is None or first.foreign:
+        return teachers, tokenizer
+    keep = has_chat_template(tokenizer) and not has_chat_template(first.tokenizer)
+    return teachers, tokenizer if keep else first.tokenizer
+
+
+def check_objective(recipe: Recipe, folders: dict[str, Path]) -> None:
+    """Compare the layers that losses name with the models' own, as their config.json tells.
+
+    Raises:
+        RecipeError, ModelError: a layer beyond a model, or a model type that hides what a loss reads.
+    """
+    configs = {key: json.loads((folder / "config.json").read_text()) for key, folder in folders.items()}
+    shape = recipe.student.shape
+    if shape is not None:
+        configs["student"] = shape.model_dump()
+    layers = {key: _layers_of(config) for key, config in configs.items()}
+    for name, term in recipe.objective.items():
+        family, key = MENU[name].family, f"objective.{name}"
+        try:
+            if family == "exit" and layers["student"] is not None:
+                exit_weights(term.options["exits"], layers["student"], 1.0)
+            if family in ("hidden", "attention"):
+                for place in recipe.teachers:
+                    ours, theirs = layers["student"], layers[place]
+                    if ours is not None and theirs is not None:
+                        pairs_of({name: term}, ours, theirs)
+                    if name == "attention_relations" and term.options.get("heads") is not None:
+                        both = (_widths_of(configs[side], term) for side in ("student", place))
+                        check_relation_heads(term.options["heads"], *both)
+        except ValueError as error:
+            raise RecipeError(f"`{key}`: {error}") from None
+        if family == "exit":
+            refuse_exits(configs["student"]["model_type"], key)
+        for config in configs.values():
+            if family == "attention":
+                refuse_attention(config["model_type"], key)
+            elif family == "hidden":
+                refuse_hidden(config["model_type"], key)
+
+
+def _layers_of(config: dict[str, Any]) -> int | None:
+    """How many layers a config.json says there are; None where it says it in a way of its own."""
+    found = config.get("num_hidden_layers", config.get("text_config", {}).get("num_hidden_layers"))
+    return found if isinstance(found, int) else None
+
+
+def _widths_of(config: dict[str, Any], term: Term) -> list[int]:
+    """Widths of the relations of a term, all heads together; none where config.json tells them otherwise."""
+    config = {**config, **config.get("text_config", {})}
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    if not isinstance(heads, int) or not isinstance(hidden, int):
+        return []
+    if any(key.endswith(("_head_dim", "_lora_rank")) for key in config):  # heads of several sizes
+        return []
+    size = config.get("head_dim") or hidden // heads
+    shared = config.get("num_key_value_heads") or heads
+    relations = option("attention_relations", term.options, "relations")
+    return [(heads if relation == "queries" else shared) * size for relation in relations]
 
 
 def _check_tokenizer_files(student: Path, teacher: Path) -> None:

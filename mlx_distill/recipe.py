@@ -27,7 +27,8 @@ from pydantic import (
 )
 
 from mlx_distill.errors import NotFound, RecipeError
-from mlx_distill.losses import LOSSES, options_of
+from mlx_distill.losses import NEEDS_TAIL
+from mlx_distill.losses.menu import MENU, options_of
 from mlx_distill.mistakes import explain, nearest, shown, wanted
 from mlx_distill.strict_yaml import parse_value, parse_yaml
 
@@ -106,9 +107,28 @@ class Student(Section):
 
 
 class Teacher(Section):
-    """The model that teaches. Its weights never change."""
+    """A model that teaches. Its weights never change.
+
+    The first one answers `data.prompts`, and is what the student is compared with. What `others` say is
+    mixed into its targets.
+    """
 
     model: str  # `embedded`, a folder, or a Hub repository
+    weight: PositiveFloat = 1.0  # of its targets, as a share of all teachers' weights
+    source: Literal["live", "cache"] = "live"  # cache: runs once over all rows, and is then unloaded
+    top_k: PositiveInt | None = None  # likeliest tokens kept of each distribution; null: all
+    tail: bool = True  # keep the mass of all other tokens too, as one more outcome
+    others: list[Self] = []  # more teachers, with these same options
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if self.source == "cache" and self.top_k is None:
+            raise ValueError("source 'cache' stores the likeliest tokens; set `top_k`, such as 64")
+        if self.top_k is None and not self.tail:
+            raise ValueError("`tail` is what `top_k` leaves over; without `top_k` there is none")
+        if any(other.others for other in self.others):
+            raise ValueError("`others` stand in one list; they have no `others` of their own")
+        return self
 
 
 class Source(Section):
@@ -171,6 +191,7 @@ class Train(Section):
     beta2: float = Field(0.999, gt=0, lt=1)  # AdamW
     clip: NonNegativeFloat = 1.0  # largest norm of the gradient; 0 turns it off
     gradient_checkpointing: bool = False  # recompute layers in the backward pass, to save memory
+    logits_mib: PositiveInt = 256  # memory for logits and losses on them: sets how many places at a time
     compile: bool = True
     log_every: NonNegativeInt = 20  # steps; 0 turns it off, here and below
     eval_every: NonNegativeInt = 0
@@ -224,8 +245,8 @@ class Recipe(Section):
         terms, mistakes = {}, []
         for name, given in value.items():
             given = {} if given is None else given
-            if name not in LOSSES:
-                mistakes.append(f"unknown loss `objective.{name}`{nearest(name, LOSSES, ['objective'])}")
+            if name not in MENU:
+                mistakes.append(f"unknown loss `objective.{name}`{nearest(name, MENU, ['objective'])}")
             elif not isinstance(given, dict):
                 mistakes.append(f"`objective.{name}`: a mapping, such as {{weight: 1.0}}; got {shown(given)}")
             else:
@@ -238,16 +259,16 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def check_together(self) -> Self:
-        mistakes = []
-        needs_teacher = [name for name in self.objective if "cross_entropy" not in name]
-        if self.teacher is None and needs_teacher:
-            mistakes.append(f"objective `{needs_teacher[0]}` needs a `teacher`")
+        mistakes = self._check_teaching()
         if self.teacher is None and self.data.prompts is not None:
             mistakes.append("`data.prompts` are answered by the teacher; name a `teacher`")
         if self.teacher is None and self.student.shape is not None and self.student.tokenizer is None:
             mistakes.append("`student.shape` needs a `teacher`, for its tokenizer, or `student.tokenizer`")
-        if self.teacher is not None and self.student.tokenizer is not None:
-            mistakes.append("`student.tokenizer`: with a teacher the student uses the teacher's")
+        if self.teacher is not None and self.student.tokenizer is not None and not self.across_tokenizers:
+            mistakes.append(
+                "`student.tokenizer`: with a teacher the student uses the teacher's; "
+                "to learn across tokenizers add the loss `cross_tokenizer`"
+            )
         if self.student.tokenizer is not None and self.data.train is None:
             mistakes.append("`student.tokenizer` is trained on `data.train`, which is missing")
         if self.train.warmup >= self.train.steps:
@@ -263,17 +284,83 @@ class Recipe(Section):
             raise ValueError("\n".join(mistakes))
         return self
 
+    def _check_teaching(self) -> list[str]:
+        """Losses that this teacher, or no teacher, cannot give targets for."""
+        terms = {name: MENU[name] for name in self.objective}
+        if self.teacher is None:
+            return [
+                f"objective `{name}` needs a `teacher`" for name, loss in terms.items() if loss.needs_teacher
+            ][:1]
+        mistakes = []
+        for place, teacher in self.teachers.items():
+            if teacher.source == "cache":
+                mistakes += [
+                    f"`{place}.source` cache stores no hidden states, attention or text spans, which "
+                    f"`objective.{name}` needs; use live"
+                    for name, loss in terms.items()
+                    if loss.family in ("hidden", "attention", "spans")
+                ]
+            if not teacher.tail:
+                mistakes += [
+                    f"`{place}.tail` false makes `objective.{name}` unsound: {NEEDS_TAIL[name]}"
+                    for name in terms
+                    if name in NEEDS_TAIL
+                ]
+        if not any(loss.family in ("token", "spans") for loss in terms.values()):
+            mistakes += [
+                f"`objective.{name}.balanced` weighs against losses on logits, and there are none; add one"
+                for name, term in self.objective.items()
+                if term.options.get("balanced")
+            ]
+        if any(teacher.top_k for teacher in self.teachers.values()) and len(self._temperatures) > 1:
+            mistakes.append(
+                "`objective`: with `teacher.top_k` all losses share one temperature, at which the likeliest "
+                f"tokens and the rest are kept; got {', '.join(f'{t:g}' for t in sorted(self._temperatures))}"
+            )
+        return mistakes
+
+    @property
+    def teachers(self) -> dict[str, Teacher]:
+        """All teachers, the one that answers first, by their place in the recipe."""
+        if self.teacher is None:
+            return {}
+        others = {f"teacher.others.{i}": other for i, other in enumerate(self.teacher.others)}
+        return {"teacher": self.teacher, **others}
+
+    @property
+    def across_tokenizers(self) -> bool:
+        """Whether a teacher may have another tokenizer than the student."""
+        return any(MENU[name].family == "spans" for name in self.objective)
+
+    @property
+    def _temperatures(self) -> set[float]:
+        return {
+            float(term.options.get("temperature", 1.0))
+            for name, term in self.objective.items()
+            if MENU[name].family == "token" and MENU[name].needs_teacher
+        }
+
+    @property
+    def temperature(self) -> float:
+        """At which the likeliest tokens of a teacher are kept."""
+        return next(iter(self._temperatures), 1.0)
+
 
 def _check_options(loss: str, options: dict[str, Any]) -> list[str]:
     """Mistakes in the options of a loss, by the types in the signature of its function."""
-    known, place, mistakes = options_of(loss), f"objective.{loss}", []
+    known, place = options_of(loss), f"objective.{loss}"
+    mistakes = [
+        f"missing option `{place}.{key}`"
+        for key, (_, default) in known.items()
+        if default is ... and key not in options
+    ]
     for key, value in options.items():
         if key not in known:
             near = nearest(key, [*known, "weight"], place.split("."))
             mistakes.append(f"unknown option `{place}.{key}`{near}")
             continue
         try:
-            TypeAdapter(known[key], config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(
+            TypeAdapter(known[key][0], config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(
                 value
             )
         except ValidationError as error:

@@ -6,23 +6,27 @@ move; the loop is the same. A step is one finished optimizer update.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mlx_distill.data.batch import Batch, Batches, at_places, counted_places
+from mlx_distill.data.batch import Batch, Batches, counted_places
 from mlx_distill.errors import Diverged
 from mlx_distill.keys import seed_global
 from mlx_distill.losses import Targets
-from mlx_distill.objective import objective
+from mlx_distill.losses.menu import MENU
+from mlx_distill.matching import Compared, Matching, strip
+from mlx_distill.objective import Objective, Schedule, Voice, exit_schedule, exit_terms
 from mlx_distill.optimizer import clip, make_optimizer
-from mlx_distill.recipe import Recipe
+from mlx_distill.recipe import Recipe, Train
 from mlx_distill.run import StageLog
 from mlx_distill.student import checkpoint_layers
-from mlx_distill.teacher import Teaches
+from mlx_distill.teacher import LiveTeacher, NoTeacher, Teaches
+
+COPIES = 6  # float32 arrays over the vocabulary that a chunk holds at once, a distribution; measured
 
 
 class Trained(NamedTuple):
@@ -35,25 +39,23 @@ class Trained(NamedTuple):
 class Step(NamedTuple):
     """The two halves of a step, compiled apart so that micro-batches can be added up between them."""
 
-    gradients: Callable[[Batch, Targets], tuple[Any, dict[str, mx.array]]]
+    gradients: Callable[[Batch, Sequence[Targets], Schedule], tuple[Any, dict[str, mx.array]]]
     update: Callable[[Any, mx.array], mx.array]
 
 
-def make_step(student: nn.Module, optimizer: Any, recipe: Recipe, vocabulary: int) -> Step:
-    """Functions that compute and apply gradients of `recipe.objective`.
+def make_step(objective: Objective, optimizer: Any, recipe: Recipe) -> Step:
+    """Functions that compute and apply gradients of `objective` by the weights of its student.
 
-    `gradients(batch, targets)` gives sums over counted positions, to be added up; `update(sums,
-    count)` divides once, clips, updates student and optimizer in place, and gives the norm.
+    `gradients(batch, targets, schedule)` gives sums over counted positions, to be added up;
+    `update(sums, count)` divides once, clips, updates student and optimizer in place, and gives the norm.
     """
+    student = objective.student
+    value_and_gradients = nn.value_and_grad(student, objective.sums)
 
-    def total(tokens: mx.array, places: mx.array, targets: Targets) -> tuple[mx.array, dict[str, mx.array]]:
-        logits = at_places(student(tokens)[..., :vocabulary], places)
-        return objective(recipe.objective, logits, targets, (places >= 0)[None])
-
-    value_and_gradients = nn.value_and_grad(student, total)
-
-    def gradients_at(tokens: mx.array, places: mx.array, targets: Targets) -> tuple[Any, dict[str, mx.array]]:
-        (_, parts), sums = value_and_gradients(tokens, places, targets)
+    def gradients_at(
+        tokens: mx.array, places: mx.array, targets: Sequence[Targets], schedule: Schedule
+    ) -> tuple[Any, dict[str, mx.array]]:
+        (_, parts), sums = value_and_gradients(tokens, places, targets, schedule)
         return sums, parts
 
     def update(sums: Any, count: mx.array) -> mx.array:
@@ -72,14 +74,29 @@ def make_step(student: nn.Module, optimizer: Any, recipe: Recipe, vocabulary: in
         changed = [student.state, optimizer.state]
         update = mx.compile(update, inputs=changed, outputs=changed)
     return Step(
-        lambda batch, targets: gradients_at(batch.tokens, counted_places(batch), targets),
+        lambda batch, targets, schedule: gradients_at(
+            batch.tokens, counted_places(batch), list(targets), schedule
+        ),
         update,
     )
 
 
+def chunk_of(recipe: Recipe, vocabulary: int, *, logits: int) -> int:
+    """Places at a time: as many as `train.logits_mib` holds, rounded down to a multiple of 16, and 16 at
+    least.
+
+    Args:
+        logits: how many distributions over the vocabulary a place has at once: the student's, one of each
+            exit, and one of each live teacher. Each is held several times over, in float32: as logits, as
+            probabilities, and as gradients of both.
+    """
+    each = vocabulary * 4 * COPIES * logits
+    return max(16, recipe.train.logits_mib * 2**20 // each // 16 * 16)
+
+
 def train(
-    student: nn.Module,
-    teacher: Teaches,
+    student: Any,
+    teachers: Sequence[Teaches],
     batches: Batches,
     recipe: Recipe,
     vocabulary: int,
@@ -89,6 +106,7 @@ def train(
     """Train `student` in place for `recipe.train.steps` updates, from the last checkpoint on.
 
     Args:
+        teachers: one for each of `recipe.teachers`, in that order.
         vocabulary: logits beyond it are cut.
         log: metrics, console, checkpoints and interrupts of this stage.
         validate: what to measure every `eval_every` steps.
@@ -101,16 +119,19 @@ def train(
     student.train()  # hybrid models choose kernels without a gradient in eval mode
     if options.gradient_checkpointing:
         checkpoint_layers(student)
+    objective = make_objective(student, teachers, recipe, vocabulary)
     optimizer = make_optimizer(options)
     optimizer.init(student.trainable_parameters())
     counters = log.restore(student, optimizer)
-    step_functions = make_step(student, optimizer, recipe, vocabulary)
+    step_functions = make_step(objective, optimizer, recipe)
+    layers = len(student.layers) if objective.exits else 0
     started = time.perf_counter() - counters.seconds
 
     for step in log.steps(counters.step + 1, options.steps):
         if recipe.student.dropout:
             seed_global(recipe.seed, "dropout", step)
-        sums, parts, count = _accumulate(step, teacher, batches, options.micro_batches, step_functions)
+        schedule = exit_schedule(recipe.objective, layers, step, options.steps)
+        sums, parts, count = _accumulate(step, teachers, batches, options, step_functions, schedule)
         size = step_functions.update(sums, count)
         # The one evaluation of a step: everything before it was only described.
         mx.eval(student.state, optimizer.state, parts, count, size)
@@ -132,20 +153,56 @@ def train(
             log.save(student, optimizer, counters)
         log.interrupts.check()
     student.eval()
+    strip(student)
     return Trained(counters.tokens, counters.seconds)
 
 
+def make_objective(
+    student: nn.Module, teachers: Sequence[Teaches], recipe: Recipe, vocabulary: int
+) -> Objective:
+    """The objective of `recipe`, as its student and teachers allow it."""
+    options = list(recipe.teachers.values()) if teachers else []
+    whole = sum(one.weight for one in options)
+    voices = [
+        Voice(one.weight / whole, teacher.head, teacher.shared, one.top_k, one.tail)
+        for teacher, one in zip(teachers, options, strict=True)
+    ]
+    terms = recipe.objective
+    shown = [(i, t) for i, t in enumerate(teachers) if isinstance(t, LiveTeacher)]
+    matching = None
+    if any(MENU[name].family in ("hidden", "attention") for name in terms):
+        shares = sum(voices[i].share for i, _ in shown)
+        compared = [Compared(i, voices[i].share / shares, teacher.model) for i, teacher in shown]
+        matching = Matching(terms, student, compared, recipe.seed)
+    exits = {layer for term in exit_terms(terms).values() for layer in term.options["exits"]}
+    return Objective(
+        terms,
+        student,
+        vocabulary,
+        voices,
+        chunk=chunk_of(recipe, vocabulary, logits=1 + len(exits) + sum(v.head is not None for v in voices)),
+        temperature=recipe.temperature,
+        matching=matching,
+    )
+
+
 def _accumulate(
-    step: int, teacher: Teaches, batches: Batches, micro_batches: int, functions: Step
+    step: int,
+    teachers: Sequence[Teaches],
+    batches: Batches,
+    options: Train,
+    functions: Step,
+    schedule: Schedule,
 ) -> tuple[Any, dict[str, mx.array], mx.array]:
     """Gradients, losses and counted labels of one step, each summed over its micro-batches."""
     total: Any = None
-    for place in range(micro_batches):
-        batch = batches[(step - 1) * micro_batches + place]
-        sums, parts = functions.gradients(batch, teacher.targets(batch))
+    for place in range(options.micro_batches):
+        batch = batches[(step - 1) * options.micro_batches + place]
+        targets = [teacher.targets(batch) for teacher in teachers or [NoTeacher()]]
+        sums, parts = functions.gradients(batch, targets, schedule)
         new = (sums, parts, batch.counted.sum())
         total = new if total is None else tree_map(mx.add, total, new)
-        if micro_batches > 1:
+        if options.micro_batches > 1:
             mx.eval(total)  # or the graphs of all micro-batches would be alive at once
     return total
 

@@ -1,6 +1,6 @@
 """What the stages of one run share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
@@ -12,29 +12,41 @@ from mlx_distill.preflight import Prepared
 from mlx_distill.recipe import Recipe
 from mlx_distill.run import Run
 from mlx_distill.student import make_student
-from mlx_distill.teacher import LiveTeacher
+from mlx_distill.teacher import Layers, LiveTeacher
 
 PROBE = 64  # tokens; logits of all positions are kept
 
 
 @dataclass
 class Work:
-    """A run that is going on: its folder, its recipe, its data, and the teacher once it is loaded."""
+    """A run that is going on: its folder, its recipe, its data, and the teachers once they are loaded."""
 
     run: Run
     recipe: Recipe
     prepared: Prepared
-    _teacher: Loaded | None = None
+    _loaded: dict[str, Loaded] = field(default_factory=dict)
 
-    def teacher(self) -> Loaded:
-        """The teacher, loaded when first needed."""
-        if self._teacher is None:
-            assert self.recipe.teacher is not None  # stages ask only where there is one
-            self._teacher = models.load(self.recipe.teacher.model, "teacher.model")
-        return self._teacher
+    def teacher(self, place: str = "teacher") -> Loaded:
+        """A teacher, by its place in the recipe, loaded when first needed."""
+        if place not in self._loaded:
+            name = self.recipe.teachers[place].model
+            self._loaded[place] = models.load(name, f"{place}.model")
+        return self._loaded[place]
 
-    def live_teacher(self) -> LiveTeacher | None:
-        return None if self.recipe.teacher is None else LiveTeacher(self.teacher(), self.prepared.vocabulary)
+    def unload(self, place: str) -> None:
+        """Free a teacher's memory."""
+        self._loaded.pop(place, None)
+
+    def live_teacher(self, place: str = "teacher", layers: Layers | None = None) -> LiveTeacher | None:
+        """A teacher that runs; None where the recipe has none."""
+        if place not in self.recipe.teachers:
+            return None
+        return LiveTeacher(self.teacher(place), self.prepared.teachers[place].vocabulary, layers)
+
+    def comparable_teacher(self) -> LiveTeacher | None:
+        """The teacher that a student's distributions can be compared with: None if its tokens are others."""
+        first = self.prepared.teachers.get("teacher")
+        return None if first is None or first.foreign else self.live_teacher()
 
     def save(self, name: str, loaded: Loaded) -> None:
         """Write `models/NAME`, and beside it what the model in memory computes for the probe."""
@@ -52,7 +64,10 @@ class Work:
         Not of `data.test`, which may be another when a run goes on.
         """
         rows = self.prepared.train
-        return (rows[0].tokens if rows else self.prepared.prompts[0][1])[:PROBE]
+        tokens = rows[0].tokens if rows else self.prepared.prompts[0][1]
+        return [
+            token % self.prepared.vocabulary for token in tokens[:PROBE]
+        ]  # a foreign teacher's may be larger
 
     def new_student(self) -> Loaded:
         """The student before training. A loaded one still has its own tokenizer and chat template."""

@@ -54,4 +54,4 @@ def test_a_model_agrees_with_itself():
 
 
 def test_without_a_teacher_nothing_is_said_about_one():
-    assert set(fidelity(tiny_model(V).model, ROWS, V)) == {"nll"}
+    assert set(fidelity(tiny_model(V).model, ROWS, V)) == {"nll", "ece"}

@@ -50,7 +50,7 @@ def test_all_is_there(folder: Path) -> None:
     found = prepared(data={"valid": "good.jsonl", "test": "good.jsonl"}, evaluate={"tasks": ["fidelity"]})
     assert [len(rows) for rows in (found.train, found.prompts, found.valid, found.test)] == [12] * 4
     assert found.vocabulary == 150
-    assert found.teacher_folder == Path("teacher")
+    assert found.teachers["teacher"].folder == Path("teacher")
     (row, tokens), encoded = found.prompts[0], found.train[0]
     assert found.tokenizer.decode(tokens) == row.prompt
     assert encoded.tokens[: encoded.start] == tokens  # the student trains on what the teacher is asked

@@ -137,7 +137,12 @@ def test_the_last_override_wins(file: Path) -> None:
             "objective.forward_kll=",
             "unknown loss `objective.forward_kll`; did you mean `objective.forward_kl`?",
         ),
-        ("objective.zzz=", "unknown loss `objective.zzz`; known here: cross_entropy, forward_kl"),
+        (
+            "objective.zzz=",
+            "unknown loss `objective.zzz`; known here: adaptive_kl, attention_relations, attention_transfer, "
+            "cross_entropy, cross_tokenizer, exit_cross_entropy, exit_kl, forward_kl, hidden_cosine, "
+            "hidden_mse, jensen_shannon, reverse_kl, skewed_forward_kl, skewed_reverse_kl, total_variation",
+        ),
         (
             "objective.forward_kl.temprature=1",
             "unknown option `objective.forward_kl.temprature`; did you mean `objective.forward_kl.temper",

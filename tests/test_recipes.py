@@ -9,6 +9,7 @@ from mlx_distill import bundled, recipe
 from mlx_distill.data import sources
 from mlx_distill.errors import RecipeError
 from mlx_distill.hub import is_name
+from mlx_distill.losses.menu import MENU, options_of
 from mlx_distill.recipe import Recipe, Section
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes"
@@ -27,12 +28,12 @@ def named_options(section: type[Section], path: str = "") -> set[str]:
         inner = [
             one for one in (field.annotation, *getattr(field.annotation, "__args__", ())) if _is_section(one)
         ]
-        for one in inner:
+        for one in (one for one in inner if one is not section):
             found |= named_options(one, f"{here}.")
     if not path:
-        for loss in recipe.LOSSES:
+        for loss in MENU:
             found |= {f"objective.{loss}", f"objective.{loss}.weight"}
-            found |= {f"objective.{loss}.{option}" for option in recipe.options_of(loss)}
+            found |= {f"objective.{loss}.{option}" for option in options_of(loss)}
     return found
 
 

@@ -18,7 +18,7 @@ from mlx_distill.optimizer import clip, learning_rate, make_optimizer, norm
 from mlx_distill.run import Run, StageLog
 from mlx_distill.student import add_adapters, checkpoint_layers
 from mlx_distill.teacher import LiveTeacher
-from mlx_distill.train import make_step, train
+from mlx_distill.train import make_objective, make_step, train
 
 V = 50
 
@@ -28,10 +28,10 @@ def sums_of(model, batches, recipe=None, teacher=None):
     recipe = recipe or tiny_recipe()
     teacher = teacher or LiveTeacher(tiny_model(V, seed=9), V)
     optimizer = make_optimizer(recipe.train)
-    step = make_step(model, optimizer, recipe, V)
+    step = make_step(make_objective(model, [teacher], recipe, V), optimizer, recipe)
     total, count = None, 0
     for batch in batches:
-        sums, _ = step.gradients(batch, teacher.targets(batch))
+        sums, _ = step.gradients(batch, [teacher.targets(batch)], {})
         total = sums if total is None else tree_map(mx.add, total, sums)
         count += int(batch.counted.sum())
     return dict(tree_flatten(total)), count
@@ -109,7 +109,7 @@ def open_log(folder, stage="student"):
 def train_on(model, rows, recipe, log=None):
     teacher = LiveTeacher(tiny_model(V, seed=9), V)
     batches = Batches(rows, recipe.train.batch_tokens, recipe.seed)
-    return train(model.model, teacher, batches, recipe, V, log or SilentLog())
+    return train(model.model, [teacher], batches, recipe, V, log or SilentLog())
 
 
 class SilentLog:
@@ -234,7 +234,7 @@ def test_the_teacher_never_moves():
     before = {name: np.array(value) for name, value in tree_flatten(loaded.model.parameters())}
     teacher = LiveTeacher(loaded, V)
     recipe = tiny_recipe()
-    train(tiny_model(V).model, teacher, Batches(rows_of([9, 4]), 128, 0), recipe, V, SilentLog())
+    train(tiny_model(V).model, [teacher], Batches(rows_of([9, 4]), 128, 0), recipe, V, SilentLog())
     after = dict(tree_flatten(loaded.model.parameters()))
     assert all(np.array_equal(before[name], np.array(after[name])) for name in before)
     assert not tree_flatten(loaded.model.trainable_parameters())

@@ -24,11 +24,12 @@ class Encoded(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What models read and losses count, all (B, T)."""
+    """What models read and losses count."""
 
-    tokens: mx.array  # int32
-    labels: mx.array  # int32, labels[:, t] follows tokens[:, t]
-    counted: mx.array  # bool, True where the label belongs to a completion
+    tokens: mx.array  # (B, T) int32
+    labels: mx.array  # (B, T) int32, labels[:, t] follows tokens[:, t]
+    counted: mx.array  # (B, T) bool, True where the label belongs to a completion
+    rows: tuple[int, ...] = ()  # which rows of `Batches` these are, for what is stored row by row
 
 
 def make_batch(rows: Sequence[Encoded], pad_to: int = PAD_TO) -> Batch:
@@ -47,7 +48,8 @@ def make_batch(rows: Sequence[Encoded], pad_to: int = PAD_TO) -> Batch:
     ends = np.array([len(row.tokens) for row in rows])[:, None]
     counted = (index >= starts) & (index < ends)
     arrays: list[Any] = [padded[:, :-1], padded[:, 1:], counted]
-    return Batch(*(mx.array(array) for array in arrays))
+    tokens, labels, counts = (mx.array(array) for array in arrays)
+    return Batch(tokens, labels, counts)
 
 
 def counted_places(batch: Batch) -> mx.array:
@@ -90,7 +92,7 @@ class Batches:
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._plan(epoch)
         width, indices = self._order[place]
-        return make_batch([self.rows[i] for i in indices], pad_to=width)
+        return make_batch([self.rows[i] for i in indices], pad_to=width)._replace(rows=tuple(indices))
 
     def _plan(self, epoch: int) -> list[tuple[int, list[int]]]:
         """Width and indices into `rows` of each batch of an epoch."""

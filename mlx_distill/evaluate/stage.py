@@ -6,13 +6,15 @@ from typing import Any
 import numpy as np
 
 from mlx_distill import models
-from mlx_distill.data.template import decode_answer
+from mlx_distill.data.batch import Encoded
+from mlx_distill.data.rows import Row
+from mlx_distill.data.template import decode_answer, encode
 from mlx_distill.errors import Fault
+from mlx_distill.evaluate.exits import early_answers, exits_of
 from mlx_distill.evaluate.fresh import check_equal, fresh_look
 from mlx_distill.evaluate.model import Judged, TestSet, measure
 from mlx_distill.files import write_json
 from mlx_distill.models import Loaded
-from mlx_distill.teacher import LiveTeacher
 from mlx_distill.work import Work
 
 
@@ -21,22 +23,26 @@ def evaluate_models(work: Work) -> dict[str, Any]:
     if not work.recipe.evaluate.tasks:
         return {}
     prepared, options = work.prepared, work.recipe.evaluate
-    counted = [row.tokens[row.start :] for row in prepared.test]
-    decoded = [decode_answer(tokens, prepared.tokenizer) for tokens in counted]
-    test = TestSet(prepared.test_rows, prepared.test, sum(len(text.encode()) for text in decoded))
-    live = work.live_teacher()
+    test = _test_set(prepared.test_rows, prepared.test, prepared.tokenizer)
+    live = work.comparable_teacher()
     stages = work.run.stages()
     metrics: dict[str, Any] = {}
     answers: dict[str, list[Judged]] = {}
 
-    def add(name: str, loaded: Loaded, folder: Path | None, teacher: LiveTeacher | None) -> None:
+    def add(
+        name: str,
+        loaded: Loaded,
+        folder: Path | None,
+        read: TestSet = test,
+        vocabulary: int = prepared.vocabulary,
+    ) -> None:
         metrics[name], answers[name] = measure(
             name,
             loaded,
-            test,
+            read,
             options,
-            prepared.vocabulary,
-            teacher=teacher,
+            vocabulary,
+            teacher=None if name == "teacher" else live,
             folder=folder,
             timed=name != "baseline",
             progress=work.run.progress,
@@ -46,20 +52,45 @@ def evaluate_models(work: Work) -> dict[str, Any]:
             if key in stages.get(source, {}):
                 metrics[name][key] = stages[source][key]
 
-    if live is not None:
-        add("teacher", work.teacher(), prepared.teacher_folder, None)
-    add("student_before", models.fused(work.new_student()), None, live)
+    first = prepared.teachers.get("teacher")
+    if first is not None:
+        theirs = test
+        if first.foreign:
+            count = work.recipe.data.count
+            encoded = [encode(row, first.tokenizer, count=count) for row in prepared.test_rows]
+            theirs = _test_set(prepared.test_rows, encoded, first.tokenizer)
+        add("teacher", work.teacher(), first.folder, theirs, first.vocabulary)
+    add("student_before", models.fused(work.new_student()), None)
     saved = ["baseline", "student"] + ([stages["quantize"]["model"]] if work.recipe.quantize else [])
     for name in saved:
         folder = work.run.model(name)
         if name == "baseline" and "why" in stages["baseline"]:
             continue
-        add(name, models.load(str(folder), name), folder, live)
+        add(name, models.load(str(folder), name), folder)
+    for layer in exits_of(work.recipe):
+        folder = work.run.model(f"student-exit{layer}")
+        add(folder.name, models.load(str(folder), folder.name), folder)
+    if exits_of(work.recipe):
+        metrics["student"] |= early_answers(
+            models.load(str(work.run.model("student")), "student"),
+            test.rows,
+            exits_of(work.recipe),
+            max_tokens=options.max_tokens,
+            progress=work.run.progress,
+        )
+    if first is not None and first.foreign:
+        for name in set(metrics) - {"teacher"}:
+            metrics[name] |= {"kl": None, "kl_why": "the teacher's tokens are others than the student's"}
     write_json(
         work.run.folder / "evaluation.json", {"schema": 1, "recipe": work.recipe.name, "models": metrics}
     )
     work.run.write_rows("evaluation", _side_by_side(test, answers))
     return {"models": list(metrics)}
+
+
+def _test_set(rows: list[Row], encoded: list[Encoded], tokenizer: Any) -> TestSet:
+    texts = (decode_answer(row.tokens[row.start :], tokenizer) for row in encoded)
+    return TestSet(rows, encoded, sum(len(text.encode()) for text in texts))
 
 
 def _side_by_side(test: TestSet, answers: dict[str, list[Judged]]) -> list[dict[str, Any]]:
@@ -85,7 +116,8 @@ def export_student(work: Work) -> dict[str, Any]:
         return {}
     result: dict[str, Any] = {}
     quantize = work.recipe.quantize
-    for name in ["student"] + ([f"student-{quantize.bits}bit"] if quantize else []):
+    names = ["student", *(f"student-exit{layer}" for layer in exits_of(work.recipe))]
+    for name in names + ([f"student-{quantize.bits}bit"] if quantize else []):
         folder = work.run.model(name)
         expected = np.load(work.run.folder / "probes" / f"{name}.npy", allow_pickle=False)
         text = decode_answer(work.probe(), work.prepared.tokenizer)

@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 
+from mlx_distill.losses.sums import logsumexp
 from mlx_distill.losses.targets import Targets
 
 
@@ -16,5 +17,6 @@ def cross_entropy(student: mx.array, targets: Targets) -> mx.array:
         (B, T) float32 nats, >= 0.
     """
     student = student.astype(mx.float32)
-    chosen = mx.take_along_axis(student, targets.labels[..., None], axis=-1).squeeze(-1)
-    return mx.logsumexp(student, axis=-1) - chosen
+    labels = mx.stop_gradient(targets.labels[..., None])  # a gather asks for the gradient of its indices
+    chosen = mx.take_along_axis(student, labels, axis=-1).squeeze(-1)
+    return logsumexp(student) - chosen

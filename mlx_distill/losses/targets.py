@@ -1,8 +1,10 @@
 """What a loss sees of the teacher and of the labels."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+
+from mlx_distill.losses import sums
 
 
 class Top(NamedTuple):
@@ -18,18 +20,22 @@ class Top(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What a batch should have been answered with.
+    """What a batch should have been answered with, by one teacher.
 
     A loss sees it as (B, T); in training that is (1, N), the counted places of the batch alone, so
-    that no loss is computed, and no logits are kept, where nothing is counted.
+    that no loss is computed, and no logits are kept, where nothing is counted. The last three fields
+    are for `objective`, which makes of them what a loss sees.
     """
 
     labels: mx.array  # (B, T) int32, the token that follows
     logits: mx.array | None = None  # (B, T, V) of the teacher, any float type
     top: Top | None = None  # in place of `logits`
+    last: mx.array | None = None  # (1, N, D), of which the teacher's head makes logits, chunk by chunk
+    hidden: dict[str, mx.array] | None = None  # number of a layer -> (1, N, D)
+    attention: dict[str, Any] | None = None  # number of a layer -> Attention, over whole rows
+    spans: Any = None  # which places of student and teacher read the same text, if tokenizers differ
 
 
 def log_softmax(logits: mx.array) -> mx.array:
     """Log-probabilities over the last axis, in float32 whatever the model computes in."""
-    logits = logits.astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return sums.log_softmax(logits.astype(mx.float32))
