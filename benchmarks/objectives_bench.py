@@ -4,14 +4,14 @@
     python benchmarks/objectives_bench.py noisy --seeds 0 1 2
     python benchmarks/objectives_bench.py --table
 
-Two scenarios of code generation, both 300 steps of 2,048 tokens:
+Two scenarios of code generation, both 300 steps of 1,024 tokens:
 
-- few: 100 functions with bodies, 4,000 docstrings that the teacher answers greedily. The student learns from
+- few: 100 functions with bodies, 3,000 docstrings that the teacher answers greedily. The student learns from
   both; the baseline from the 100 alone.
 - noisy: 1,000 functions with bodies, 3 of 10 of them the body of another function. The student learns from
   these very rows, wrong ones too; the teacher says at each token what it would have written there.
 
-A seed draws rows, initial weights and order. Scores are of 200 functions of the held-out split. Every
+A seed draws rows, initial weights and order. Scores are of 150 functions of the held-out split. Every
 finished run is kept in results/objectives.jsonl at once, and one that is there is not repeated.
 """
 
@@ -46,7 +46,7 @@ from mlx_distill.student import make_student
 from mlx_distill.teacher import LiveTeacher, Teaches
 from mlx_distill.train import train
 
-STEPS, LABELS, PROMPTS, NOISY, WRONG, TEST = 300, 100, 4000, 1000, 0.3, 200
+STEPS, TOKENS, LABELS, PROMPTS, NOISY, WRONG, TEST = 300, 1024, 100, 3000, 1000, 0.3, 150
 KL: dict[str, Any] = {"forward_kl": {}}
 # name -> objective, and what a recipe says of the teacher beside its name
 OBJECTIVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -129,7 +129,7 @@ def options(objective: dict[str, Any], teacher: dict[str, Any], seed: int) -> Re
             "objective": objective,
             "train": {
                 "steps": STEPS,
-                "batch_tokens": 2048,
+                "batch_tokens": TOKENS,
                 "learning_rate": 4e-3,
                 "warmup": 30,
                 "weight_decay": 0.1,
@@ -138,7 +138,7 @@ def options(objective: dict[str, Any], teacher: dict[str, Any], seed: int) -> Re
                 "log_every": 0,
                 "save_every": 0,
             },
-            "evaluate": {"tasks": ["code"], "max_tokens": 100, "batch_size": 200},
+            "evaluate": {"tasks": ["code"], "max_tokens": 100, "batch_size": 150},
         }
     )
 

@@ -12,7 +12,8 @@ from mlx_distill.data import sources
 from mlx_distill.data.batch import Encoded
 from mlx_distill.data.rows import Row
 from mlx_distill.data.template import encode, encode_prompt, has_chat_template
-from mlx_distill.errors import DataError, RecipeError
+from mlx_distill.data.vocabularies import token_bytes
+from mlx_distill.errors import DataError, ModelError, RecipeError
 from mlx_distill.hub import is_name, model_folder
 from mlx_distill.losses.exits import exit_weights
 from mlx_distill.losses.menu import MENU, option
@@ -154,6 +155,9 @@ def _teachers(
         foreign = tokenizer.get_vocab() != theirs.get_vocab()
         if foreign and not recipe.across_tokenizers:
             check_same_vocabulary(tokenizer, theirs)
+        if foreign:
+            _check_alignable(tokenizer, "student")
+            _check_alignable(theirs, f"{key}.model")
         size = max(theirs.get_vocab().values()) + 1
         teachers[key] = TeacherFiles(folders[key], theirs, size, foreign)
     over_one = [
@@ -175,6 +179,13 @@ def _teachers(
         return teachers, tokenizer
     keep = has_chat_template(tokenizer) and not has_chat_template(first.tokenizer)
     return teachers, tokenizer if keep else first.tokenizer
+
+
+def _check_alignable(tokenizer: Any, place: str) -> None:
+    try:
+        token_bytes(tokenizer)
+    except ValueError as error:
+        raise ModelError(f"`objective.cross_tokenizer`: `{place}`: {error}") from None
 
 
 def check_objective(recipe: Recipe, folders: dict[str, Path]) -> None:

@@ -9,6 +9,7 @@ from mlx_distill.data.alignment import align_rows, pack
 from mlx_distill.data.batch import Batch, Encoded, at_places, counted_places, make_batch
 from mlx_distill.data.template import end_of_turn_ids
 from mlx_distill.data.vocabularies import Shared, Side, shared_tokens, token_bytes
+from mlx_distill.errors import DataError
 from mlx_distill.losses import Targets
 from mlx_distill.losses.chunks import Arrays, chunked_sum
 from mlx_distill.losses.cross_tokenizer import (
@@ -41,7 +42,8 @@ class ForeignTeacher:
         size: real size of the student's.
 
     Raises:
-        ValueError: a tokenizer whose tokens' bytes are not known, or a row that reads differently.
+        ValueError: a tokenizer whose tokens' bytes are not known.
+        DataError: a row that reads differently to the two, as where one of them changes letters.
     """
 
     def __init__(
@@ -61,7 +63,15 @@ class ForeignTeacher:
         found = shared_tokens(*tables, tokenizer.eos_token_id, loaded.tokenizer.eos_token_id)
         self.shared = Shared(*(Side(*map(mx.array, side)) for side in found))
         ends = end_of_turn_ids(tokenizer), end_of_turn_ids(loaded.tokenizer)
-        self.spans = [align_rows(*both, *tables, *ends) for both in zip(ours, theirs, strict=True)]
+        self.spans = []
+        for number, both in enumerate(zip(ours, theirs, strict=True), start=1):
+            try:
+                self.spans.append(align_rows(*both, *tables, *ends))
+            except ValueError as error:
+                raise DataError(
+                    f"`objective.cross_tokenizer`: row {number} of those to learn from reads differently to "
+                    f"teacher and student ({error}); leave it out, or choose a teacher that reads it alike"
+                ) from None
 
     def targets(self, batch: Batch) -> Targets:
         """Labels, and the teacher's last hidden states where spans begin and go on."""

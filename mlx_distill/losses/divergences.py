@@ -21,7 +21,7 @@ import mlx.core as mx
 from pydantic import Field, PositiveFloat
 
 from mlx_distill.losses.outcomes import has_tail, outcomes, soften
-from mlx_distill.losses.sums import LOWEST, logsumexp, sum_last, with_gradient
+from mlx_distill.losses.sums import LOWEST, softmax, sum_last, with_gradient
 from mlx_distill.losses.targets import Targets
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -221,10 +221,9 @@ def _forward_of_logits(teacher: mx.array, student: mx.array) -> mx.array:
     @mx.custom_function
     def value_and_slope(student: mx.array) -> tuple[mx.array, mx.array]:
         student = mx.maximum(student, LOWEST)
-        of_teacher, of_student = logsumexp(teacher)[..., None], logsumexp(student)[..., None]
-        p = mx.exp(teacher - of_teacher)
-        nats = sum_last(p * (teacher - student - (of_teacher - of_student)))
-        return nats, mx.exp(student - of_student) - p
+        (p, of_teacher), (q, of_student) = softmax(teacher), softmax(student)
+        nats = sum_last(p * (teacher - student - (of_teacher - of_student)[..., None]))
+        return nats, q - p
 
     @value_and_slope.vjp
     def _(student: mx.array, cotangents: Any, outputs: Any) -> mx.array:

@@ -54,6 +54,14 @@ def log_softmax(x: mx.array) -> mx.array:
     return mx.maximum(x - normalizer[..., None], LOWEST)
 
 
+def softmax(x: mx.array) -> tuple[mx.array, mx.array]:
+    """Probabilities over the last axis and the logsumexp, of one pass of exp: (..., V) to the same and (...)."""
+    largest = x.max(-1, keepdims=True)
+    odds = mx.exp(x - largest)
+    total = sum_last(odds)[..., None]
+    return odds / total, (largest + mx.log(total)).squeeze(-1)
+
+
 def _in_blocks(x: mx.array, reduce: Function) -> mx.array:
     """`reduce` over the last axis, block by block and then over the blocks."""
     *rows, size = x.shape
