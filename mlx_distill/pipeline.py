@@ -133,6 +133,7 @@ def store_targets(work: Work) -> dict[str, Any]:
             title=f"{place}: cache",
             progress=work.run.progress,
         )
+        del live
         work.unload(place)
         stored[place] = sum(len(row.tokens) - row.start for row in rows)
     return stored
@@ -174,7 +175,7 @@ def _train(work: Work, stage: str, read: list[Row], rows: list[Encoded], recipe:
     batches = Batches(rows, recipe.train.batch_tokens, recipe.seed)
     teachers = [_teaches(work, place, student, read, rows) for place in recipe.teachers]
     # A cached teacher was unloaded to make room, and is not loaded again while the student trains.
-    watching = work.prepared.valid and work.recipe.teacher and work.recipe.teacher.source == "live"
+    watching = work.prepared.valid and recipe.teacher and recipe.teacher.source == "live"
     compared = work.comparable_teacher() if watching else None
 
     def validate(model: nn.Module) -> dict[str, float]:

@@ -61,9 +61,11 @@ def _score(metric: Metric, models: Models) -> list[str]:
 
 
 def _divergence(models: Models) -> list[str]:
-    """The student's distance to the teacher; without one, to the labels."""
+    """The student's distance to the teacher; without one, or across tokenizers, to the labels."""
     student = models["student"]
-    measured = [_METRICS[name] for name in ("kl", "nll") if _METRICS[name].measured(student) is not None]
+    # Nats a token of different tokens do not compare; bits a byte do.
+    names = ("bits_per_byte",) if "kl_why" in student else ("kl", "nll")
+    measured = [_METRICS[name] for name in names if _METRICS[name].measured(student) is not None]
     if not measured:
         return []
     metric = measured[0]
@@ -76,7 +78,8 @@ def _divergence(models: Models) -> list[str]:
         value = metric.measured(models.get(name))
         if value is not None and (metric.name, name) != ("kl", "teacher"):
             beside.append(f"{metric.write(value)} {words}")
-    line = f"The student's {'KL to the teacher' if metric.name == 'kl' else 'nll'} is {metric.text(student)}"
+    called = {"kl": "KL to the teacher", "bits_per_byte": "nll in bits per byte of text"}
+    line = f"The student's {called.get(metric.name, metric.name)} is {metric.text(student)}"
     if beside:
         line += f", against {' and '.join(beside)}"
     agreement = _METRICS["top1_agreement"]

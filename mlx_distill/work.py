@@ -1,5 +1,6 @@
 """What the stages of one run share."""
 
+import gc
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -34,8 +35,9 @@ class Work:
         return self._loaded[place]
 
     def unload(self, place: str) -> None:
-        """Free a teacher's memory."""
+        """Free a teacher's memory, once nothing else holds it."""
         self._loaded.pop(place, None)
+        gc.collect()  # compiled functions hold their teacher in a circle, and its memory is not Python's
 
     def live_teacher(self, place: str = "teacher", layers: Layers | None = None) -> LiveTeacher | None:
         """A teacher that runs; None where the recipe has none."""

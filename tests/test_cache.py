@@ -1,6 +1,8 @@
 """A stored teacher: the same numbers as a live one, of this run and no other, whole or not there."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from mlx.utils import tree_flatten
 from tiny import largest_gap, rows_of, tiny_model, tiny_recipe
 from workshop import command, contents
 
-from mlx_distill import cache, models
+from mlx_distill import cache, models, pipeline
 from mlx_distill.cache import CachedTeacher, write_cache
 from mlx_distill.data.batch import Batch, Batches, counted_places, in_order, make_batch
 from mlx_distill.errors import Fault
@@ -196,16 +198,29 @@ def test_a_run_from_a_cache_is_a_run_with_a_live_teacher(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert command(folder, capsys, "run", *CACHED, "name=live", "teacher.source=live").code == 0
-    loaded: list[str] = []
-    load = models.load
+    teachers: list[weakref.ref[nn.Module]] = []
+    alive: list[bool] = []
+    load, train = models.load, pipeline.train
 
     def spy(name: str, where: str) -> models.Loaded:
-        loaded.append(where)
-        return load(name, where)
+        loaded = load(name, where)
+        if where == "teacher.model":
+            teachers.append(weakref.ref(loaded.model))
+        return loaded
+
+    def look(*arguments: Any) -> Any:
+        alive.append(teachers[0]() is not None)
+        return train(*arguments)
 
     monkeypatch.setattr(models, "load", spy)
-    assert command(folder, capsys, "run", *CACHED, "name=cached").code == 0
-    assert loaded.count("teacher.model") == 1  # to fill the cache: while the student learns it is away
+    monkeypatch.setattr(pipeline, "train", look)
+    gc.disable()  # memory of an accelerator does not make Python collect: what is let go must be gone at once
+    try:
+        assert command(folder, capsys, "run", *CACHED, "name=cached").code == 0
+    finally:
+        gc.enable()
+    assert len(teachers) == 1  # to fill the cache, and not again
+    assert alive == [False, False]  # while the student learns, and the baseline
     assert {path.name for path in (folder / "runs/cached/cache/teacher").iterdir()} == {
         "indices.npy",
         "log_p.npy",

@@ -229,13 +229,13 @@ def test_exits_answer_with_their_weight_of_the_step(curriculum: str) -> None:
         assert not same(found, lesson.expected(lambda *both: naive(*both, weight=0.5)))
 
 
-FEATURES = {
+FEATURES: dict[str, Any] = {
     "forward_kl": {"temperature": 2.0},
     "hidden_mse": {"weight": 0.3, "layers": [[0, 0], [2, 3], [3, 4]], "balanced": True},
     "hidden_cosine": {"weight": 0.2},
     "attention_transfer": {"weight": 0.4, "layers": [[1, 2], [3, 4]]},
 }
-WIDE = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+WIDE: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 
 def features(lesson: Lesson, logits: mx.array, batch: Batch, *, balanced: bool = True) -> mx.array:

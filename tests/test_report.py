@@ -309,3 +309,16 @@ def test_without_a_baseline_the_verdict_says_what_is_not_shown():
     without = {name: metrics for name, metrics in MODELS.items() if name != "baseline"}
     assert any("No baseline was trained" in line for line in verdict(without))
     assert not any("No baseline" in line for line in verdict(MODELS))
+
+
+def test_across_tokenizers_the_verdict_compares_bytes_not_tokens():
+    why = {"kl": None, "kl_why": "the teacher's tokens are others"}
+    models = {
+        "teacher": {"nll": 1.6, "bits_per_byte": 0.8},
+        "baseline": {"nll": 3.0, "bits_per_byte": 1.2, **why},
+        "student": {"nll": 2.8, "bits_per_byte": 1.1, **why},
+    }
+    assert verdict(models) == [
+        "The student's nll in bits per byte of text is 1.100, against 0.800 for the teacher and 1.200 for the "
+        "baseline."
+    ]

@@ -99,14 +99,9 @@ class Lesson:
                     tokens[side].append(rows[side][start])
                     more = [logs[i - 1, rows[side][i]] for i in range(start + 1, end)]
                     rest[side].append(sum(more, mx.array(0.0)))
-        values = cross_tokenizer(
-            *(mx.stack(one)[None] for one in first),
-            *(mx.stack(one)[None] for one in rest),
-            Spans(*(mx.array([one]) for one in tokens), mx.array([single])),
-            self.foreign.shared,
-            **options,
-        )
-        return values.sum()
+        (s_first, t_first), (s_rest, t_rest) = ([mx.stack(x)[None] for x in both] for both in (first, rest))
+        spans = Spans(mx.array([tokens[0]]), mx.array([tokens[1]]), mx.array([single]))
+        return cross_tokenizer(s_first, t_first, s_rest, t_rest, spans, self.foreign.shared, **options).sum()
 
     def expected(self, batch: Batch, **options: Any) -> tuple[float, dict[str, mx.array]]:
         run: Any = nn.value_and_grad(self.ours.model, lambda: self.definition(batch, **options))

@@ -21,7 +21,7 @@ import mlx.core as mx
 from pydantic import Field, PositiveFloat
 
 from mlx_distill.losses.outcomes import has_tail, outcomes, soften
-from mlx_distill.losses.sums import LOWEST, softmax, sum_last, with_gradient
+from mlx_distill.losses.sums import LOWEST, odds, sum_last, with_gradient
 from mlx_distill.losses.targets import Targets
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -117,13 +117,13 @@ def skewed_forward_kl(
     Returns:
         (B, T) float32 nats, >= 0 up to rounding; less on a `top` without tail, as `forward_kl`.
     """
-    log_p, log_q = outcomes(student, targets, temperature)
     if alpha == 0:
-        nats = _forward(log_p, log_q)
-    else:
-        log_m_over_p = _log_mixture(log_q - log_p, 1 - alpha)
-        nats = -sum_last(mx.exp(log_p) * log_m_over_p)
-    return _scaled(nats, temperature, temperature_squared)
+        return forward_kl(
+            student, targets, temperature=temperature, temperature_squared=temperature_squared
+        )
+    log_p, log_q = outcomes(student, targets, temperature)
+    log_m_over_p = _log_mixture(log_q - log_p, 1 - alpha)
+    return _scaled(-sum_last(mx.exp(log_p) * log_m_over_p), temperature, temperature_squared)
 
 
 def skewed_reverse_kl(
@@ -213,23 +213,27 @@ def _forward(log_p: mx.array, log_q: mx.array) -> mx.array:
 
 
 def _forward_of_logits(teacher: mx.array, student: mx.array) -> mx.array:
-    """The same from logits over the whole vocabulary, where memory matters most: half as many arrays are
-    held as MLX would hold for the gradient, which is q - p and formed together with the value.
+    """The same from logits over the whole vocabulary, where memory matters most.
+
+    The gradient, q - p, is written out: with one pass of exp a side for value and gradient together, and with
+    half as many arrays as MLX would hold.
     """
     teacher = mx.maximum(mx.stop_gradient(teacher), LOWEST)
 
     @mx.custom_function
-    def value_and_slope(student: mx.array) -> tuple[mx.array, mx.array]:
+    def with_odds(student: mx.array) -> tuple[mx.array, ...]:
         student = mx.maximum(student, LOWEST)
-        (p, of_teacher), (q, of_student) = softmax(teacher), softmax(student)
-        nats = sum_last(p * (teacher - student - (of_teacher - of_student)[..., None]))
-        return nats, q - p
+        p, q = odds(teacher), odds(student)
+        shift = p.largest - q.largest + mx.log(p.total / q.total)
+        nats = sum_last(p.odds * (teacher - student - shift)) / p.total.squeeze(-1)
+        return nats, p.odds, q.odds, p.total, q.total
 
-    @value_and_slope.vjp
+    @with_odds.vjp
     def _(student: mx.array, cotangents: Any, outputs: Any) -> mx.array:
-        return cotangents[0][..., None] * outputs[1]
+        _, p, q, p_total, q_total = outputs
+        return (q - p * (q_total / p_total)) * (cotangents[0][..., None] / q_total)
 
-    return value_and_slope(student)[0]
+    return with_odds(student)[0]
 
 
 def _reverse(log_p: mx.array, log_q: mx.array) -> mx.array:

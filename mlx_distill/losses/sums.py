@@ -9,7 +9,7 @@ The gradients are written out, so that the blocks stay views, and each needs one
 
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 
@@ -54,12 +54,19 @@ def log_softmax(x: mx.array) -> mx.array:
     return mx.maximum(x - normalizer[..., None], LOWEST)
 
 
-def softmax(x: mx.array) -> tuple[mx.array, mx.array]:
-    """Probabilities over the last axis and the logsumexp, of one pass of exp: (..., V) to the same and (...)."""
+class Odds(NamedTuple):
+    """A distribution as one pass of exp leaves it: its probabilities are odds / total."""
+
+    odds: mx.array  # (..., V), against the likeliest
+    total: mx.array  # (..., 1), their sum
+    largest: mx.array  # (..., 1), of the logits
+
+
+def odds(x: mx.array) -> Odds:
+    """From logits (..., V) float32. It carries no gradient of its own that would be right: the total's is lost."""
     largest = x.max(-1, keepdims=True)
-    odds = mx.exp(x - largest)
-    total = sum_last(odds)[..., None]
-    return odds / total, (largest + mx.log(total)).squeeze(-1)
+    against = mx.exp(x - largest)
+    return Odds(against, sum_last(against)[..., None], largest)
 
 
 def _in_blocks(x: mx.array, reduce: Function) -> mx.array:
