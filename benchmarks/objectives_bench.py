@@ -62,12 +62,7 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "adaptive_kl": ({"adaptive_kl": {}}, {}),
     "total_variation": ({"total_variation": {}}, {}),
     "forward_kl + hidden_cosine, last": ({**KL, "hidden_cosine": {}}, {}),
-    "forward_kl + hidden_mse, uniform, balanced": (
-        {**KL, "hidden_mse": {"layers": "uniform", "balanced": True, "weight": 0.1}},
-        {},
-    ),
     "forward_kl + attention_relations, last": ({**KL, "attention_relations": {}}, {}),
-    "forward_kl + exit_kl at layer 2": ({**KL, "exit_kl": {"exits": [2]}}, {}),
 }
 METRICS = ("pass@1", "kl", "nll", "top1_agreement", "ece")
 
