@@ -62,7 +62,6 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "adaptive_kl": ({"adaptive_kl": {}}, {}),
     "total_variation": ({"total_variation": {}}, {}),
     "forward_kl + hidden_cosine, last": ({**KL, "hidden_cosine": {}}, {}),
-    "forward_kl + attention_relations, last": ({**KL, "attention_relations": {}}, {}),
 }
 METRICS = ("pass@1", "kl", "nll", "top1_agreement", "ece")
 
