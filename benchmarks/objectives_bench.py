@@ -23,6 +23,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import mlx_distill  # before mlx.core: it puts a fast BLAS in front
+
+# isort: split
 import mlx.core as mx
 import numpy as np
 from record import RESULTS, record

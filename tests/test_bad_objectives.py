@@ -80,7 +80,7 @@ WRONG = {
     ),
     "layer beyond the teacher": (
         of("forward_kl: {}, attention_transfer: {layers: [[1, 2], [2, 3]]}"),
-        "`objective.attention_transfer`: layers [2, 3]: the student's layers are 1 to 2 and the teacher's 1 to",
+        "`objective.attention_transfer`: layers [2, 3]: the student's layers are 1 to 2 and the teacher's 1",
     ),
     "layer beyond another teacher": (
         of(

@@ -47,11 +47,12 @@ def learned(teacher: Any, batches: list[Batch], top_k: int | None, temperature: 
     student = tiny_model(V).model
     objective = make_objective(student, [teacher], recipe, V)
     run: Any = nn.value_and_grad(student, objective.sums)
-    total, sums = 0.0, dict[str, mx.array]()
+    total, sums = 0.0, dict[str, Any]()
     for batch in batches:
         (loss, _), gradients = run(batch.tokens, counted_places(batch), [teacher.targets(batch)], {})
         total += float(loss)
-        sums = {name: sums.get(name, 0) + gradient for name, gradient in tree_flatten(gradients)}
+        flat: Any = tree_flatten(gradients)
+        sums = {name: gradient + sums.get(name, 0) for name, gradient in flat}
     return total, sums
 
 

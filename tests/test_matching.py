@@ -67,9 +67,8 @@ def matching_of(objective: dict[str, Any], *teachers: Any, seed: int = 0) -> tup
 
 
 def hung(student: Any) -> dict[str, mx.array]:
-    return {
-        name: array for name, array in tree_flatten(student.parameters()) if name.startswith(f"{HUNG_ON}.")
-    }
+    arrays: Any = tree_flatten(student.parameters())
+    return {name: array for name, array in arrays if name.startswith(f"{HUNG_ON}.")}
 
 
 def test_projections_hang_where_widths_differ_and_nowhere_else() -> None:
@@ -143,7 +142,8 @@ def fresh(recipe: Recipe) -> Any:
 
 def train_on(student: Any, recipe: Recipe, log: Any = None) -> None:
     batches = Batches(ROWS, recipe.train.batch_tokens, recipe.seed)
-    train(student.model, [teacher_of(recipe)], batches, recipe, V, log or SilentLog())
+    log = log or SilentLog()
+    train(student.model, [teacher_of(recipe)], batches, recipe, V, log)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -221,7 +221,8 @@ def test_a_trained_student_is_saved_as_an_ordinary_model(tmp_path: Path) -> None
     recipe = recipe_of(MSE, train={"steps": 2})
     shown = teacher_layers(recipe.objective, 2, 4)
     teacher = LiveTeacher(tiny_model(size, seed=9, hidden_size=48, num_hidden_layers=4), size, shown)
-    train(student.model, [teacher], Batches(ROWS, 256, 0), recipe, size, SilentLog())
+    log: Any = SilentLog()
+    train(student.model, [teacher], Batches(ROWS, 256, 0), recipe, size, log)
     models.save(tmp_path / "student", student)
     weights: Any = mx.load(str(tmp_path / "student" / "model.safetensors"))
     assert not [name for name in weights if HUNG_ON in name]

@@ -25,6 +25,7 @@ from mlx_distill.teacher import LiveTeacher, NoTeacher
 from mlx_distill.train import chunk_of, make_objective, make_step
 
 V = 50
+LOSS: dict[str, Any] = dict(LOSSES)
 ROWS = rows_of([25, 4, 13, 1])
 BATCH = make_batch(ROWS)
 TOLERANCE = 2e-5
@@ -102,7 +103,7 @@ def test_every_token_loss(name: str, temperature: float | None) -> None:
 
     def naive(logits: mx.array, batch: Batch) -> mx.array:
         targets = Targets(batch.labels, dense(teacher, batch))
-        return 0.7 * counted(LOSSES[name](logits, targets, **options), batch)
+        return 0.7 * counted(LOSS[name](logits, targets, **options), batch)
 
     found = lesson.found()
     assert same(found, lesson.expected(naive))
@@ -125,7 +126,7 @@ def test_the_likeliest_tokens_of_a_live_teacher(name: str, tail: bool, temperatu
 
     def naive(tail: bool, logits: mx.array, batch: Batch) -> mx.array:
         targets = Targets(batch.labels, top=top(dense(teacher, batch), 7, temperature, tail))
-        return counted(LOSSES[name](logits, targets, **options), batch)
+        return counted(LOSS[name](logits, targets, **options), batch)
 
     found = lesson.found()
     assert same(found, lesson.expected(lambda *both: naive(tail, *both)))
@@ -146,12 +147,12 @@ def test_two_teachers_are_mixed_by_probability(temperature: float) -> None:
     def naive(logits: mx.array, batch: Batch) -> mx.array:
         mixed = sum(share * softmax(model, batch) for share, model in zip(shares, lesson.models, strict=True))
         targets = Targets(batch.labels, mx.array((temperature * np.log(mixed)).astype(np.float32)))
-        return counted(LOSSES["reverse_kl"](logits, targets, **options), batch)
+        return counted(LOSS["reverse_kl"](logits, targets, **options), batch)
 
     def mean_of_losses(logits: mx.array, batch: Batch) -> mx.array:
         both = zip(shares, lesson.models, strict=True)
         targets = [(share, Targets(batch.labels, dense(model, batch))) for share, model in both]
-        values = [share * LOSSES["reverse_kl"](logits, one, **options) for share, one in targets]
+        values = [share * LOSS["reverse_kl"](logits, one, **options) for share, one in targets]
         return counted(values[0] + values[1], batch)
 
     found = lesson.found()
@@ -192,9 +193,9 @@ def test_losses_are_mixed_where_one_teacher_is_a_cache(tmp_path: Path) -> None:
 
     def naive(share: float, logits: mx.array, batch: Batch) -> mx.array:
         live, other = (dense(model, batch) for model in lesson.models)
-        one = LOSSES["forward_kl"](logits, Targets(batch.labels, live))
-        two = LOSSES["forward_kl"](logits, Targets(batch.labels, top=top(other, 7, 1.0, True)))
-        labels = LOSSES["cross_entropy"](logits, Targets(batch.labels))
+        one = LOSS["forward_kl"](logits, Targets(batch.labels, live))
+        two = LOSS["forward_kl"](logits, Targets(batch.labels, top=top(other, 7, 1.0, True)))
+        labels = LOSS["cross_entropy"](logits, Targets(batch.labels))
         return counted((1 - share) * one + share * two + 0.5 * labels, batch)
 
     found = lesson.found(batch)
@@ -221,7 +222,7 @@ def test_exits_answer_with_their_weight_of_the_step(curriculum: str) -> None:
             exits = exit_kl(exit_logits, logits, temperature=2.0) + exit_cross_entropy(
                 exit_logits, batch.labels
             )
-            last = LOSSES["cross_entropy"](logits, Targets(batch.labels))
+            last = LOSS["cross_entropy"](logits, Targets(batch.labels))
             return counted(last + weight * exits, batch)
 
         found = lesson.found()
@@ -246,14 +247,14 @@ def features(lesson: Lesson, logits: mx.array, batch: Batch, *, balanced: bool =
     with tapped(teacher, hidden=[0, 3, 4], attention=[2, 4]) as theirs:
         teacher(batch.tokens)
     targets = Targets(batch.labels, dense(teacher, batch))
-    on_logits = counted(LOSSES["forward_kl"](logits, targets, temperature=2.0), batch)
+    on_logits = counted(LOSS["forward_kl"](logits, targets, temperature=2.0), batch)
     matrices = student[HUNG_ON]["hidden_mse 0"].pairs
     pairs = zip([(0, 0), (2, 3), (3, 4)], matrices, strict=True)
-    mse = sum(hidden_mse(m(ours.hidden[i]), theirs.hidden[j]) for (i, j), m in pairs) / 3
+    each = [hidden_mse(m(ours.hidden[i]), theirs.hidden[j]) for (i, j), m in pairs]
     [last] = student[HUNG_ON]["hidden_cosine 0"].pairs
     cosine = hidden_cosine(last(ours.hidden[3]), theirs.hidden[4])
     both = [attention_transfer(ours.attention[i], theirs.attention[j]) for i, j in ((1, 2), (3, 4))]
-    hidden = counted(mse, batch)
+    hidden = counted((each[0] + each[1] + each[2]) / 3, batch)
     weight = 0.3 * (mx.stop_gradient(on_logits / hidden) if balanced else 1.0)
     return on_logits + weight * hidden + counted(0.2 * cosine + 0.4 * (both[0] + both[1]) / 2, batch)
 

@@ -319,6 +319,6 @@ def test_across_tokenizers_the_verdict_compares_bytes_not_tokens():
         "student": {"nll": 2.8, "bits_per_byte": 1.1, **why},
     }
     assert verdict(models) == [
-        "The student's nll in bits per byte of text is 1.100, against 0.800 for the teacher and 1.200 for the "
-        "baseline."
+        "The student's nll in bits per byte of text is 1.100, against 0.800 for the teacher and 1.200 for "
+        "the baseline."
     ]

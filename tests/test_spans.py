@@ -247,7 +247,7 @@ def test_a_new_student_with_a_tokenizer_of_its_own(folder: Path, capsys: pytest.
         "data={train: {source: good.jsonl, rows: 8}, prompts: {source: good.jsonl, start: 4}, "
         "valid: good.jsonl, test: good.jsonl, max_tokens: 128}",
         "generate.max_tokens=30",
-        "train={steps: 40, batch_tokens: 512, learning_rate: 1e-2, log_every: 1, eval_every: 20}",
+        "train={steps: 16, batch_tokens: 512, learning_rate: 1e-2, log_every: 1, eval_every: 16}",
     ]
     assert command(folder, capsys, "run", *ACROSS, *more).code == 0
     run = folder / "runs" / "new"
@@ -259,8 +259,8 @@ def test_a_new_student_with_a_tokenizer_of_its_own(folder: Path, capsys: pytest.
     assert stages["train"]["rows"] == 8 + stages["generate"]["kept"]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     learned = [line["cross_tokenizer"] for line in lines if "cross_tokenizer" in line]
-    assert len(learned) == 40
-    assert learned[-1] < 0.7 * learned[0]
+    assert len(learned) == 16
+    assert learned[-1] < 0.5 * learned[0]
     watched = [line for line in lines if "valid_nll" in line]
     assert watched
     assert all("valid_kl" not in line for line in watched)

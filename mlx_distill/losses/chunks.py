@@ -12,7 +12,10 @@ from typing import Any, Protocol
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-STEPS = 48  # operations in a row that a chunk may take; more than any loss has
+# MLX allocates for about 100 operations before it runs them. As many that do nothing stand between chunks,
+# or on a CPU the arrays of the next chunk would be there beside those of this one.
+AHEAD = 120
+STEPS = AHEAD + 48  # operations in a row that a chunk may take; more than any loss has
 Arrays = dict[str, mx.array]
 Function = Callable[[Arrays, Arrays, Arrays], tuple[mx.array, Arrays]]
 
@@ -80,7 +83,8 @@ def chunked_sum(
             both = [row[:, start : start + chunk] for row in rows]
             cut = {name: array[:, start : start + chunk] for name, array in held.items()}
             if pieces:
-                waiting = mx.depends([*both, *cut.values()], [*sums, *pieces[-1]])
+                done = _later(mx.depends(sums[:1], [*sums, *pieces[-1]])[0], AHEAD)
+                waiting = mx.depends([*both, *cut.values()], [done])
                 both, cut = waiting[: len(both)], dict(zip(cut, waiting[len(both) :], strict=True))
             here, more = both[: len(keys)], dict(zip(beside, both[len(keys) :], strict=True))
             if in_place:
@@ -132,7 +136,11 @@ def _added(by_weight: list[mx.array], left: mx.array, right: mx.array) -> mx.arr
     """
     if not by_weight:
         return left @ right
-    total = by_weight[0]
-    for _ in range(STEPS):
-        total = mx.stop_gradient(total)
-    return mx.addmm(total, left, right)
+    return mx.addmm(_later(by_weight[0], STEPS), left, right)
+
+
+def _later(x: mx.array, steps: int) -> mx.array:
+    """The same array, after operations that do nothing, and that `mx.compile` does not take out."""
+    for _ in range(steps):
+        [x] = mx.depends([x], [x])
+    return x

@@ -118,9 +118,7 @@ def skewed_forward_kl(
         (B, T) float32 nats, >= 0 up to rounding; less on a `top` without tail, as `forward_kl`.
     """
     if alpha == 0:
-        return forward_kl(
-            student, targets, temperature=temperature, temperature_squared=temperature_squared
-        )
+        return forward_kl(student, targets, temperature=temperature, temperature_squared=temperature_squared)
     log_p, log_q = outcomes(student, targets, temperature)
     log_m_over_p = _log_mixture(log_q - log_p, 1 - alpha)
     return _scaled(-sum_last(mx.exp(log_p) * log_m_over_p), temperature, temperature_squared)
@@ -233,7 +231,8 @@ def _forward_of_logits(teacher: mx.array, student: mx.array) -> mx.array:
         _, p, q, p_total, q_total = outputs
         return (q - p * (q_total / p_total)) * (cotangents[0][..., None] / q_total)
 
-    return with_odds(student)[0]
+    outputs: Any = with_odds(student)
+    return outputs[0]
 
 
 def _reverse(log_p: mx.array, log_q: mx.array) -> mx.array:

@@ -2,7 +2,7 @@
 
 MLX adds up a row in one float32 accumulator on some backends. Over 150,000 tokens what is added is then
 small beside what is there already: a KL between two nearly flat distributions over 70,000 tokens came out
-wrong by 0.5 %. Here a row is added up in blocks, and then its blocks: two kernels, no copy.
+wrong by 0.5 %. Here a row is added up in blocks, and then its blocks.
 
 The gradients are written out, so that the blocks stay views, and each needs one pass of exp at most.
 """
@@ -63,7 +63,7 @@ class Odds(NamedTuple):
 
 
 def odds(x: mx.array) -> Odds:
-    """From logits (..., V) float32. It carries no gradient of its own that would be right: the total's is lost."""
+    """Of logits (..., V) float32. For use inside a function whose gradient is written out."""
     largest = x.max(-1, keepdims=True)
     against = mx.exp(x - largest)
     return Odds(against, sum_last(against)[..., None], largest)
