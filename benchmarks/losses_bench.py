@@ -2,10 +2,10 @@
 
     OPENBLAS_NUM_THREADS=1 python benchmarks/losses_bench.py [--chunks 16 32 64 128 256] [--positions 2048]
 
-Forward KL and its gradients by the last hidden states and by the student's head, float32, vocabulary
-151,936, hidden size 896: with a cached teacher (top 64 and tail), with a live one (its head projects as
-well), and with a live one and a frozen head, as under LoRA. Naive is the formula on all logits,
-differentiated by MLX. Every variant runs in a process of its own: what is measured is the growth of its
+Forward KL and its gradients, float32, vocabulary 151,936, hidden size 896: with a live teacher (its head
+projects as well) and with a cached one (top 64 and tail); by the last hidden states alone, as under LoRA,
+whose head is frozen, and also by the student's head. Naive is the formula on all logits, differentiated by
+MLX. Every variant runs in a process of its own: what is measured is the growth of its
 resident memory, because MLX's counter also counts memory that is never touched (on a GPU it is the counter,
 since nothing else is there). Time is that of the processor on a CPU. Gradients are compared at 256
 positions, where both fit one process.
@@ -35,10 +35,10 @@ from mlx_distill.losses.outcomes import outcomes
 from mlx_distill.losses.sums import sum_last
 from mlx_distill.models.head import Head
 from mlx_distill.recipe import Train
-from mlx_distill.train import COPIES
+from mlx_distill.train import chunk_of
 
 VOCABULARY, HIDDEN, TOP = 151_936, 896, 64
-KINDS = ("cached", "live", "frozen")  # frozen: a live teacher, and a head that does not move
+KINDS = ("live", "cached", "live, head trains", "cached, head trains")
 
 
 class OnlyHead(nn.Module):
@@ -75,7 +75,7 @@ def main() -> None:
         agreement = child(kind, -1, 256, 1)
         lines.append(
             {
-                "name": f"{kind}_gradient_difference",
+                "name": f"gradient_difference, {kind}",
                 "value": agreement["difference"],
                 "unit": "norm of the difference/norm, chunked and naive",
                 "config": {"positions": 256, "chunk": 64},
@@ -85,39 +85,42 @@ def main() -> None:
 
 
 def chosen_chunk(kind: str) -> int:
-    """The chunk that training takes by default, as `train.chunk_of` has it."""
-    logits = 1 if kind == "cached" else 2
-    each = VOCABULARY * 4 * COPIES * logits
-    return max(16, Train.model_fields["logits_mib"].default * 2**20 // each // 16 * 16)
+    """The chunk that training takes by default."""
+    budget = Train.model_fields["logits_mib"].default
+    return chunk_of(budget, VOCABULARY, logits=1 if kind.startswith("cached") else 2)
 
 
 def compared(
     kind: str, chunk: int, chosen: bool, one: dict[str, float], naive: dict[str, float], positions: int
 ) -> list[dict[str, Any]]:
-    """Lines of one chunk size; those of the default one have the names of the targets."""
-    memory = {
-        "cached": "kd_peak_memory_ratio",
-        "live": "kd_live_peak_memory_ratio",
-        "frozen": "kd_frozen_head_peak_memory_ratio",
+    """Lines of one chunk size; those of the default one have names without it."""
+    side, _, head = kind.partition(", ")
+    names = {
+        "live": ("kd_live_peak_memory_ratio", "kd_time_ratio"),
+        "cached": ("kd_peak_memory_ratio", "kd_cached_time_ratio"),
     }
-    times = {"cached": "kd_cached_time_ratio", "live": "kd_time_ratio", "frozen": "kd_frozen_head_time_ratio"}
-    lines = []
-    for name, key, unit in ((memory[kind], "memory", "chunked/naive"), (times[kind], "cpu", "chunked/naive")):
-        config = {
-            "kind": kind,
-            "chunk": chunk,
-            "vocabulary": VOCABULARY,
-            "positions": positions,
-            "hidden": HIDDEN,
-            "blas": mlx_distill.BLAS,
-            "chunked": one,
-            "naive": naive,
-        }
-        if key == "memory" and kind != "frozen":
-            config["share_of_head_gradient"] = VOCABULARY * HIDDEN * 4 / 1e6 / naive["memory"]
-        line = {"name": name, "value": one[key] / naive[key], "unit": unit, "config": config}
-        lines.append(line if chosen else {**line, "name": f"{name} at chunk {chunk}"})
-    return lines
+    config = {
+        "teacher": side,
+        "head": head or "frozen",
+        "chunk": chunk,
+        "vocabulary": VOCABULARY,
+        "positions": positions,
+        "hidden": HIDDEN,
+        "blas": mlx_distill.BLAS,
+        "chunked": one,
+        "naive": naive,
+    }
+    values = [(name, one[key] / naive[key]) for name, key in zip(names[side], ("memory", "cpu"), strict=True)]
+    if head:
+        own = VOCABULARY * HIDDEN * 4 / 1e6  # the head's gradient, which is a result
+        beside = (one["memory"] - own) / (naive["memory"] - own)
+        config["share_of_head_gradient"] = own / naive["memory"]
+        values.append((f"{names[side][0]} beside the head's gradient", beside))
+    ending = (f", {head}" if head else "") + ("" if chosen else f", chunk {chunk}")
+    return [
+        {"name": f"{name}{ending}", "value": value, "unit": "chunked/naive", "config": config}
+        for name, value in values
+    ]
 
 
 def child(kind: str, chunk: int, positions: int, repeats: int) -> dict[str, float]:
@@ -162,7 +165,7 @@ def inputs(kind: str, positions: int) -> tuple[OnlyHead, Arrays, mx.array, OnlyH
     hidden = mx.random.normal((1, positions, HIDDEN))
     fixed: Arrays = {"labels": mx.zeros((1, positions), dtype=mx.int32)}
     teacher = None
-    if kind == "cached":
+    if kind.startswith("cached"):
         first = mx.random.randint(0, VOCABULARY - TOP, (1, positions, 1))
         log_p = mx.log(mx.softmax(mx.random.normal((1, positions, TOP + 1)), axis=-1))
         fixed |= {"indices": first + mx.arange(TOP), "log_p": log_p[..., :TOP], "log_tail": log_p[..., TOP]}
@@ -171,7 +174,7 @@ def inputs(kind: str, positions: int) -> tuple[OnlyHead, Arrays, mx.array, OnlyH
         teacher.lm_head.weight = 3 * teacher.lm_head.weight
         fixed["last"] = mx.random.normal((1, positions, HIDDEN))
         mx.eval(teacher.parameters())
-    if kind == "frozen":
+    if "trains" not in kind:
         model.freeze()
     mx.eval(model.parameters(), fixed, hidden)
     return model, fixed, hidden, teacher
@@ -199,7 +202,7 @@ def gradients(
         log_p, log_q = outcomes(head.logits(hidden), targets(fixed))
         return sum_last(mx.exp(log_p) * (log_p - log_q)).sum(-1).sum()
 
-    places = (0,) if kind == "frozen" else (0, 1)
+    places = (0, 1) if "trains" in kind else (0,)
     value_and_gradients = mx.value_and_grad(total, argnums=places)
     weight = model.lm_head.weight
 

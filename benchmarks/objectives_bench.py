@@ -23,7 +23,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import mlx_distill  # before mlx.core: it puts a fast BLAS in front
+import mlx_distill  # before mlx.core: it puts a fast BLAS in front # noqa: F401
 
 # isort: split
 import mlx.core as mx

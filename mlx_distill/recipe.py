@@ -191,7 +191,7 @@ class Train(Section):
     beta2: float = Field(0.999, gt=0, lt=1)  # AdamW
     clip: NonNegativeFloat = 1.0  # largest norm of the gradient; 0 turns it off
     gradient_checkpointing: bool = False  # recompute layers in the backward pass, to save memory
-    logits_mib: PositiveInt = 256  # memory for logits and losses on them: sets how many places at a time
+    logits_mib: PositiveInt = 384  # memory for logits and losses on them: sets how many places at a time
     compile: bool = True
     log_every: NonNegativeInt = 20  # steps; 0 turns it off, here and below
     eval_every: NonNegativeInt = 0

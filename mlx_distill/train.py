@@ -26,7 +26,9 @@ from mlx_distill.run import StageLog
 from mlx_distill.student import checkpoint_layers
 from mlx_distill.teacher import LiveTeacher, NoTeacher, Teaches
 
-COPIES = 6  # float32 arrays over the vocabulary that a chunk holds at once, a distribution; measured
+# Float32 arrays over the vocabulary that a chunk of forward_kl holds at once, for each distribution: logits,
+# probabilities, and gradients of both. Measured by benchmarks/losses_bench.py; others hold up to 11.
+COPIES = 4.5
 
 
 class Trained(NamedTuple):
@@ -81,17 +83,18 @@ def make_step(objective: Objective, optimizer: Any, recipe: Recipe) -> Step:
     )
 
 
-def chunk_of(recipe: Recipe, vocabulary: int, *, logits: int) -> int:
-    """Places at a time: as many as `train.logits_mib` holds, rounded down to a multiple of 16, and 16 at
-    least.
+def chunk_of(logits_mib: int, vocabulary: int, *, logits: int) -> int:
+    """Places at a time: as many as `train.logits_mib` holds, 16 at least.
+
+    A power of two, and from 128 on a multiple of 128, as the number of counted places is: an odd last chunk
+    could not take over the memory of the others.
 
     Args:
         logits: how many distributions over the vocabulary a place has at once: the student's, one of each
-            exit, and one of each live teacher. Each is held several times over, in float32: as logits, as
-            probabilities, and as gradients of both.
+            exit, and one of each live teacher.
     """
-    each = vocabulary * 4 * COPIES * logits
-    return max(16, recipe.train.logits_mib * 2**20 // each // 16 * 16)
+    places = int(logits_mib * 2**20 / (vocabulary * 4 * COPIES * logits))
+    return places // 128 * 128 if places >= 128 else max(16, 2 ** (max(1, places).bit_length() - 1))
 
 
 def train(
@@ -180,7 +183,11 @@ def make_objective(
         student,
         vocabulary,
         voices,
-        chunk=chunk_of(recipe, vocabulary, logits=1 + len(exits) + sum(v.head is not None for v in voices)),
+        chunk=chunk_of(
+            recipe.train.logits_mib,
+            vocabulary,
+            logits=1 + len(exits) + sum(voice.head is not None for voice in voices),
+        ),
         temperature=recipe.temperature,
         matching=matching,
     )

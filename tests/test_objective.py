@@ -349,12 +349,13 @@ def test_compiling_and_checkpointing_change_no_number(saving: bool) -> None:
 
 
 def test_memory_for_logits_sets_the_chunk() -> None:
-    recipe = tiny_recipe(train={"logits_mib": 256})
-    assert chunk_of(recipe, 150_000, logits=1) == 64
-    assert chunk_of(recipe, 150_000, logits=2) == 32
-    assert chunk_of(recipe, 150_000, logits=64) == 16  # at least
-    assert chunk_of(recipe, 1000, logits=1) == 11184
+    assert chunk_of(256, 150_000, logits=1) == 64
+    assert chunk_of(256, 150_000, logits=2) == 32
+    assert chunk_of(256, 150_000, logits=64) == 16  # at least
+    assert chunk_of(1, 10**9, logits=1) == 16
+    assert chunk_of(256, 1000, logits=1) == 14848  # whole chunks of the counted places' 128
     lesson = Lesson({"forward_kl": {}, "exit_kl": {"exits": [2]}})
-    expected = chunk_of(lesson.recipe, V, logits=3)  # the student's, the exit's and the teacher's
+    # The student's, the exit's and the teacher's.
+    expected = chunk_of(lesson.recipe.train.logits_mib, V, logits=3)
     again = make_objective(lesson.student, lesson.teachers, lesson.recipe, V)
     assert again.chunk == expected
