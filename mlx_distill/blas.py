@@ -8,6 +8,7 @@ uses Metal and Accelerate, or where no OpenBLAS is installed.
 
 import ctypes
 import sys
+import warnings
 from pathlib import Path
 
 LIBRARY = "libopenblas.so.0"
@@ -18,11 +19,17 @@ def prefer_openblas() -> str:
     """Load OpenBLAS in front of MLX's own BLAS, and say in a few words what happened.
 
     Returns:
-        "openblas", "not needed" (no Linux), "not installed", or "too late" (mlx was imported first).
+        "openblas", "not needed" (no Linux), "not installed", or "too late" (mlx was imported first), which
+        also warns: nothing else would show that everything takes several times as long.
     """
     if not sys.platform.startswith("linux"):
         return "not needed"
     if "mlx.core" in sys.modules:
+        if library_in_front() is None:
+            warnings.warn(
+                "mlx was imported before mlx_distill, and keeps its own slow BLAS; import mlx_distill first",
+                stacklevel=3,
+            )
         return "too late"
     try:
         ctypes.CDLL(LIBRARY, mode=ctypes.RTLD_GLOBAL)

@@ -108,6 +108,11 @@ class TestOpenBLAS:
             "print(mlx_distill.BLAS); print(doctor.openblas()[2])"
         )
         assert in_new_process(code).splitlines() == ["too late", "import mlx_distill before mlx"]
+        caught = (
+            "import warnings; warnings.simplefilter('error'); import mlx.core\n"
+            "try:\n    import mlx_distill\nexcept UserWarning as warning: print(warning)"
+        )
+        assert "import mlx_distill first" in in_new_process(caught)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems need no OpenBLAS")
