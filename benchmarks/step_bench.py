@@ -6,9 +6,10 @@ A llama of 4 layers and width 256, batches of 8 x 256, float32, AdamW. `cached_s
 stored targets (top 64 and tail) over a plain MLX step as a user would write it: cross entropy on all
 logits, AdamW, one eval, compiled. `live_step_ratio` is our step with a live teacher over (the plain step +
 the teacher's forward pass, its logits included). `torch_step_ratio` and `torch_plain_ratio` are tokens per
-second, ours over PyTorch's, of a step with a live teacher and of a plain one; where PyTorch is not installed
-they are left out. All in one process, the variants in turn, after a warm-up; on a CPU the time is that of
-the processor. A ratio is the median over rounds, its spread the smallest and the largest.
+second, ours over PyTorch's, of a step with a live teacher and of a plain one, and `torch_teacher_ratio` of
+the teacher's forward pass alone; where PyTorch is not installed they are left out. All in one process, the
+variants in turn, after a warm-up; on a CPU the time is that of the processor. A ratio is the median over
+rounds, its spread the smallest and the largest.
 """
 
 import argparse
@@ -111,7 +112,11 @@ def measure(vocabulary: int, counted: str, repeats: int, suffix: str) -> list[di
         "our_plain_step_ratio": [a / b for a, b in zip(seconds["ours"], seconds["plain"], strict=True)],
     }
     if "torch live" in seconds:
-        for name, theirs, ours in (("step", "torch live", "live"), ("plain", "torch plain", "ours")):
+        for name, theirs, ours in (
+            ("step", "torch live", "live"),
+            ("plain", "torch plain", "ours"),
+            ("teacher", "torch teacher", "teacher"),
+        ):
             pairs = zip(seconds[theirs], seconds[ours], strict=True)
             ratios[f"torch_{name}_ratio"] = [a / b for a, b in pairs]
     return [

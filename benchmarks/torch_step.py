@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def steps(sizes: dict[str, Any], vocabulary: int, batch: Any) -> dict[str, Callable[[], None]]:
-    """A plain step and one with a live teacher; losses at the counted places alone."""
+    """A plain step, one with a live teacher, and that teacher alone; losses at the counted places only."""
     torch.set_num_threads(1)
     tokens, labels = (torch.from_numpy(np.array(a, dtype=np.int64)) for a in (batch.tokens, batch.labels))
     counted = torch.from_numpy(np.array(batch.counted))
@@ -40,4 +40,8 @@ def steps(sizes: dict[str, Any], vocabulary: int, batch: Any) -> dict[str, Calla
         log_q = log_softmax(at_counted(student), dim=-1)
         finish(of_student, student, kl_div(log_q, log_p, reduction="batchmean", log_target=True))
 
-    return {"torch plain": plain, "torch live": live}
+    def forward() -> None:
+        with torch.no_grad():
+            at_counted(teacher)
+
+    return {"torch plain": plain, "torch live": live, "torch teacher": forward}
