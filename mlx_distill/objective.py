@@ -95,9 +95,9 @@ class Objective:
         total, parts = self._on_logits(hidden, counted, targets, schedule)
         for name, term in self.terms.items():
             if MENU[name].family == "spans":
-                value = span_sum(self.head, self.voices, last, targets, term.options, self.chunk)
-                parts[name] = mx.stop_gradient(value)
-                total = total + term.weight * value
+                weighted = span_sum(self.head, self.voices, last, targets, term, self.chunk)
+                parts[name] = mx.stop_gradient(weighted) / term.weight
+                total = total + weighted
         if self.matching is not None:
             on_logits = total
             for name, values in self.matching.values(seen, places, targets).items():

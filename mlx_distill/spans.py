@@ -21,6 +21,7 @@ from mlx_distill.losses.cross_tokenizer import (
 from mlx_distill.losses.menu import option
 from mlx_distill.models import Loaded
 from mlx_distill.models.head import Head
+from mlx_distill.recipe import Term
 
 
 class Aligned(NamedTuple):
@@ -92,17 +93,19 @@ def span_sum(
     voices: Sequence[Any],
     last: mx.array,
     targets: Sequence[Targets],
-    options: Mapping[str, Any],
+    term: Term,
     chunk: int,
 ) -> mx.array:
     """`cross_tokenizer` summed over the spans of a batch, over all teachers with tokens of their own.
+
+    Its weight is in it, because `chunked_sum` forms the gradient with the value.
 
     Args:
         head: the student's. voices: the teachers, each with its `share`, `head` and `shared` vocabulary.
         last: (B, T, D) that the student's head reads.
         chunk: spans, or tokens behind the first of a span, whose logits are held at once.
     """
-    temperature = option("cross_tokenizer", options, "temperature")
+    temperature = option("cross_tokenizer", term.options, "temperature")
     total = mx.array(0.0)
     for voice, one in zip(voices, targets, strict=True):
         if one.spans is None:
@@ -127,9 +130,9 @@ def span_sum(
                 cut["teacher_rest"],
                 Spans(cut["our_tokens"], cut["their_tokens"], cut["single"]),
                 voice.shared,
-                **options,
+                **term.options,
             )
-            return voice.share * (values * cut["weight"]).sum(-1).sum(), {}
+            return term.weight * voice.share * (values * cut["weight"]).sum(-1).sum(), {}
 
         hidden = {"first": at_places(last, packed["our_first"])}
         total = total + chunked_sum(spans_of, head, hidden, fixed, chunk, {"rest": ours})[0]

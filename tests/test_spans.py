@@ -132,6 +132,17 @@ def test_the_sum_in_chunks_is_the_definition(options: dict[str, Any]) -> None:
     assert not same(lesson.found(shifted), expected)
 
 
+def test_a_weight_scales_the_loss_and_its_gradient_and_not_what_is_logged() -> None:
+    """Applied behind the chunks, which form the gradient themselves, it would be lost or make it NaN."""
+    plain, weighed = Lesson(cross_tokenizer={}), Lesson(cross_tokenizer={"weight": 0.5})
+    batch = plain.batch(3, 0, 5)
+    total, gradients = plain.found(batch)
+    half = total / 2, {name: gradient / 2 for name, gradient in gradients.items()}
+    assert same(weighed.found(batch), half)
+    assert not same(weighed.found(batch), (total / 2, gradients))
+    assert float(weighed.parts["cross_tokenizer"]) == pytest.approx(total, rel=1e-5)
+
+
 def test_the_gradient_is_that_of_finite_differences() -> None:
     lesson = Lesson(cross_tokenizer={})
     batch = lesson.batch(1, 2)
