@@ -64,7 +64,18 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "skewed_reverse_kl": ({"skewed_reverse_kl": {}}, {}),
     "adaptive_kl": ({"adaptive_kl": {}}, {}),
     "total_variation": ({"total_variation": {}}, {}),
+    "reverse_kl + cross_entropy": ({"reverse_kl": {}, "cross_entropy": {}}, {}),
+    "jensen_shannon, normalized + cross_entropy": (
+        {"jensen_shannon": {"normalize": True}, "cross_entropy": {}},
+        {},
+    ),
+    "skewed_reverse_kl + cross_entropy": ({"skewed_reverse_kl": {}, "cross_entropy": {}}, {}),
     "forward_kl + hidden_cosine, last": ({**KL, "hidden_cosine": {}}, {}),
+    "forward_kl + hidden_mse, uniform, balanced": (
+        {**KL, "hidden_mse": {"layers": "uniform", "balanced": True, "weight": 0.1}},
+        {},
+    ),
+    "forward_kl + attention_relations, last": ({**KL, "attention_relations": {}}, {}),
 }
 METRICS = ("pass@1", "kl", "nll", "top1_agreement", "ece")
 
