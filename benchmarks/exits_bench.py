@@ -36,7 +36,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("overrides", nargs="*", default=[], help="key=value after `--`")
+    parser.add_argument("overrides", nargs="*", default=[], help="key=value")
     arguments = parser.parse_args()
     lines = [
         {"name": f"before: {name}", **line} for name, line in look(models.load("embedded", "model")).items()

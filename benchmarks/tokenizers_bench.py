@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("stories", type=Path)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("overrides", nargs="*", default=[], help="key=value after `--`")
+    parser.add_argument("overrides", nargs="*", default=[], help="key=value")
     arguments = parser.parse_args()
     folder = Path("tokenizers_bench")
     write_data(folder / "data", arguments.stories)
