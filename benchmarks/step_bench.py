@@ -3,7 +3,8 @@
     OPENBLAS_NUM_THREADS=1 python benchmarks/step_bench.py [--repeats 5] [--vocabularies 32768 4096]
 
 A llama of 4 layers and width 256, batches of 8 x 256, float32, AdamW. Names without a shape are those of
-the first: a vocabulary of 32,768, and half of the labels counted, since prompts are not. `cached_step_ratio` is our step with
+the first: a vocabulary of 32,768, and half of the labels counted, since prompts are not.
+`cached_step_ratio` is our step with
 stored targets (top 64 and tail) over a plain MLX step as a user would write it: cross entropy on all
 logits, AdamW, one eval, compiled. `live_step_ratio` is our step with a live teacher over (the plain step +
 the teacher's forward pass, its logits included). `torch_step_ratio` and `torch_plain_ratio` are tokens per

@@ -130,9 +130,8 @@ class StageLog:
         self.run.console.step(f"{self.stage:9} {step_line(counters.step, recipe.train.steps, shown, left)}")
 
     def validation(self, step: int, values: dict[str, float]) -> None:
-        values = {f"valid_{name}": value for name, value in values.items()}
-        self._write(step, values)
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+        self._write(step, {f"valid_{name}": value for name, value in values.items()})
+        shown = "  ".join(f"valid_{name} {values[name]:.3f}" for name in ("nll", "kl") if name in values)
         self.run.console.say(f"{self.stage:9} step {step:5d}  {shown}")
 
     def save(self, student: nn.Module, optimizer: Any, counters: Counters) -> None:
