@@ -62,6 +62,9 @@ def prepare(recipe: Recipe, progress: Progress = silent) -> Prepared:
         DistillError: what is wrong, in one line.
     """
     folders = _folders(recipe, lambda name: not is_name(name) or os.path.exists(name))
+    needed = {*recipe.teachers, *(["student"] if recipe.student.model is not None else [])}
+    if needed <= folders.keys():  # before the data is read, which may take seconds
+        check_objective(recipe, folders)
     if recipe.evaluate.tasks and sources.expand(recipe.data)["test"] is None:
         tasks = ", ".join(recipe.evaluate.tasks)
         raise RecipeError(f"`evaluate.tasks` [{tasks}] measure on `data.test`, which is missing")
