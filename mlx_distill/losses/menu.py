@@ -39,7 +39,9 @@ class Entry(NamedTuple):
 
     @property
     def needs_teacher(self) -> bool:
-        return self.family != "exit" and self.function.__name__ != "cross_entropy"
+        if self.family == "token":
+            return self.function.__name__ in losses.NEEDS_TEACHER
+        return self.family != "exit"
 
     @property
     def own_options(self) -> dict[str, tuple[Any, Any]]:
