@@ -27,7 +27,7 @@ from mlx_distill.student import checkpoint_layers
 from mlx_distill.teacher import LiveTeacher, NoTeacher, Teaches
 
 # Float32 arrays over the vocabulary that a chunk of forward_kl holds at once, for each distribution: logits,
-# probabilities, and gradients of both. Measured by benchmarks/losses_bench.py; others hold up to 11.
+# probabilities, and gradients of both. From benchmarks/losses_bench.py; others hold more.
 COPIES = 4.5
 
 
