@@ -34,7 +34,7 @@ from mlx_distill.losses.chunks import Arrays, chunked_sum
 from mlx_distill.losses.outcomes import outcomes
 from mlx_distill.losses.sums import sum_last
 from mlx_distill.models.head import Head
-from mlx_distill.recipe import Train
+from mlx_distill.options import Train
 from mlx_distill.train import chunk_of
 
 VOCABULARY, HIDDEN, TOP = 151_936, 896, 64

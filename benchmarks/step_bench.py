@@ -38,7 +38,8 @@ from mlx_distill.cache import CachedTeacher, write_cache
 from mlx_distill.data.batch import Encoded, make_batch
 from mlx_distill.models import Loaded
 from mlx_distill.optimizer import make_optimizer
-from mlx_distill.recipe import Recipe, Shape
+from mlx_distill.options import Shape
+from mlx_distill.recipe import Recipe
 from mlx_distill.teacher import LiveTeacher, NoTeacher, Teaches
 from mlx_distill.train import make_objective, make_step
 
@@ -155,7 +156,7 @@ def rows_of(vocabulary: int, start: int) -> list[Encoded]:
 def mlx_steps(vocabulary: int, rows: list[Encoded], folder: Path) -> dict[str, Step]:
     """Our steps with each kind of teacher, the plain one, and the teacher alone."""
     teacher = LiveTeacher(loaded(vocabulary, seed=9), vocabulary)
-    write_cache(folder, teacher, rows, top_k=TOP, temperature=1.0, made_of={})
+    write_cache(folder, teacher, rows, top_k=TOP, precision="compact", made_of={})
     batch = make_batch(rows)._replace(rows=tuple(range(len(rows))))
 
     def look() -> None:

@@ -1,7 +1,8 @@
 """Checkpoints: everything that a resumed run needs to end with the same bits.
 
 The order of batches and every random number are functions of (seed, purpose, step), so weights,
-optimizer and counters are all there is to keep.
+optimizer and counters are all there is to keep; and, where a run has them, moving averages of the weights
+and what an on-policy student wrote, which the counters hold.
 """
 
 import hashlib
@@ -15,21 +16,27 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_distill.files import write_folder, write_json
+from mlx_distill.self_teacher import Average
 
 MANIFEST = "manifest.json"
 
 
-def save(folder: Path, student: nn.Module, optimizer: Any, counters: dict[str, Any]) -> None:
+def save(
+    folder: Path, student: nn.Module, optimizer: Any, counters: dict[str, Any], *averages: Average
+) -> None:
     """Write a checkpoint folder, complete or absent.
 
     Args:
-        counters: plain numbers; they come back from `load` as they are.
+        counters: plain values; they come back from `load` as they are.
+        averages: of the student's weights.
     """
 
     def fill(temporary: Path) -> None:
         weights = dict(tree_flatten(student.trainable_parameters()))
         mx.save_safetensors(str(temporary / "weights.safetensors"), weights)
         mx.save_safetensors(str(temporary / "optimizer.safetensors"), dict(tree_flatten(optimizer.state)))
+        for place, average in enumerate(averages):
+            mx.save_safetensors(str(temporary / f"average-{place}.safetensors"), average.weights)
         files = {file.name: _digest(file) for file in sorted(temporary.glob("*.safetensors"))}
         manifest = {"files": files, "counters": counters}
         write_json(temporary / MANIFEST, {**manifest, "sha256": _digest_of(manifest)})
@@ -53,12 +60,15 @@ def is_complete(checkpoint: Path) -> bool:
         return False
 
 
-def load(checkpoint: Path, student: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """Put weights and optimizer state back in place, and give the counters."""
+def load(checkpoint: Path, student: nn.Module, optimizer: Any, *averages: Average) -> dict[str, Any]:
+    """Put weights, optimizer state and averages back in place, and give the counters."""
     student.load_weights(str(checkpoint / "weights.safetensors"), strict=False)
     state: Any = mx.load(str(checkpoint / "optimizer.safetensors"))
     optimizer.state = tree_unflatten(list(state.items()))
-    mx.eval(student.parameters(), optimizer.state)
+    for place, average in enumerate(averages):
+        stored: Any = mx.load(str(checkpoint / f"average-{place}.safetensors"))
+        average.put(stored)
+    mx.eval(student.parameters(), optimizer.state, [average.weights for average in averages])
     return json.loads((checkpoint / MANIFEST).read_text())["counters"]
 
 

@@ -23,6 +23,7 @@ _COLUMNS = {
     "peak": ("peak ", "{:.1f}", " GiB"),
     "peak_memory_gib": ("peak ", "{:.1f}", " GiB"),
     "learning_rate": ("learning_rate ", "{:.1e}", ""),
+    "unfinished": ("unfinished ", "{:.0f}", ""),
 }
 
 

@@ -22,10 +22,11 @@ Row = tuple[str, str, str | None]  # what, value, advice
 GIB = 2**30
 SLOW_GFLOPS = 30  # netlib's BLAS does 3 to 6 on one core, OpenBLAS 100, a GPU thousands
 
-# Extra -> the package that it brings and what that is for.
+# Extra -> the packages that it brings and what they are for.
 EXTRAS = {
-    "report": ("matplotlib", "curves in report.html"),
-    "datasets": ("datasets", "data sets from the Hub"),
+    "report": (("matplotlib",), "curves in report.html"),
+    "datasets": (("datasets",), "data sets from the Hub"),
+    "filters": (("py3langid", "datasketch"), "languages and near duplicates of answers"),
 }
 
 SANDBOXES = {
@@ -148,10 +149,11 @@ def sandbox() -> Iterator[Row]:
 
 
 def extras() -> Iterator[Row]:
-    for extra, (package, purpose) in EXTRAS.items():
-        version = version_of(package)
-        advice = None if version else f"for {purpose}: pip install 'mlx-distill[{extra}]'"
-        yield f"extra {extra}", f"{package} {version}" if version else f"no {package}", advice
+    for extra, (packages, purpose) in EXTRAS.items():
+        found = {package: version_of(package) for package in packages}
+        said = ", ".join(f"{name} {version}" if version else f"no {name}" for name, version in found.items())
+        advice = None if all(found.values()) else f"for {purpose}: pip install 'mlx-distill[{extra}]'"
+        yield f"extra {extra}", said, advice
 
 
 def version_of(package: str) -> str | None:

@@ -1,13 +1,18 @@
-"""Text that a model writes: greedy, many rows at a time, with mlx-lm's continuous batching."""
+"""Text that a model writes: greedy or sampled, many rows at a time, with mlx-lm's continuous batching."""
 
+import hashlib
+import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.nn as nn
 
+from mlx_distill.keys import key_word
+from mlx_distill.options import Sampling
 from mlx_distill.progress import Progress, silent
+from mlx_distill.sampling import Sampler
 
 
 class Answer(NamedTuple):
@@ -15,6 +20,7 @@ class Answer(NamedTuple):
 
     tokens: list[int]  # without the end-of-turn token
     finished: bool  # ended its turn itself, before `max_tokens`
+    end: int | None = None  # the end-of-turn token that it wrote; None: unfinished
 
 
 def generate(
@@ -24,51 +30,84 @@ def generate(
     *,
     max_tokens: int,
     batch_size: int,
+    sampling: Sampling | None = None,
+    keys: Sequence[str] | None = None,
+    seed: int = 0,
+    vocabulary: int | None = None,
     title: str = "answers",
     progress: Progress = silent,
 ) -> list[Answer]:
-    """Answer every prompt greedily, in the order given.
+    """Answer every prompt, in the order given.
+
+    The random numbers of an answer are a function of the seed and its key alone, so batch size, order and
+    neighbours leave it as it is. What they do change is how the products of matrices are rounded: two tokens
+    that are equally good up to about 1e-6 may be taken for each other, greedily or sampled.
+    docs/generation.md tells how often that was seen.
 
     Args:
         prompts: token ids; each at least one.
         stop: ids that end a turn.
         max_tokens: of an answer.
         batch_size: answers written at once.
+        sampling: how tokens are drawn; None: always the likeliest.
+        keys: one a prompt, all different; None: `keys_of(prompts)`.
+        vocabulary: tokens from it on are never written; None: the model has no more than it knows.
+        progress: its `advance` is also told the tokens a second, and how many answers are unfinished.
     """
     from mlx_lm.generate import BatchGenerator
 
     model.eval()
     answers: list[Answer | None] = [None] * len(prompts)
-    generator = BatchGenerator(
-        model,
-        max_tokens=max_tokens,
-        stop_tokens=[[token] for token in sorted(stop)],
-        completion_batch_size=batch_size,
-        prefill_batch_size=batch_size,
-    )
+    sampler = Sampler(model, sampling or Sampling(), vocabulary)
+    words = [key_word(seed, f"answer {key}") for key in (keys_of(prompts) if keys is None else keys)]
+    called: Any = sampler
+    # Ends are found here: for each row that mlx-lm sees end, it copies the caches of all others.
+    generator = BatchGenerator(called, completion_batch_size=batch_size, prefill_batch_size=batch_size)
     # Gives back the wired limit that the constructor raised (reported kernel panics), and no more.
     generator.close()
     # Prompts of like length next to each other waste little padding in the prefill.
     waiting = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
     row_of: dict[int, int] = {}
     written: dict[int, list[int]] = {}
-    started, total = time.perf_counter(), 0
+    ended: list[int] = []
+    started, total, unfinished = time.perf_counter(), 0, 0
     with progress(title, len(prompts), "rows") as advance:
         while waiting or written:
-            # mlx-lm prefills whatever waits, and copies all caches, at each step with a free place;
-            # letting a quarter of the places come free first is a quarter faster for short answers.
-            if waiting and len(written) <= batch_size * 3 // 4:
+            # Rows that have ended write on, unread, until they are a quarter of the batch.
+            if 3 * len(ended) >= len(written):
+                generator.remove(ended)
+                ended.clear()
                 rows = [waiting.popleft() for _ in range(min(batch_size - len(written), len(waiting)))]
-                uids = generator.insert([list(prompts[row]) for row in rows])
-                row_of |= zip(uids, rows, strict=True)
-                written |= {uid: [] for uid in uids}
-            responses = generator.next_generated()
-            total += len(responses)
-            for response in responses:
-                if response.finish_reason != "stop":
-                    written[response.uid].append(response.token)
-                if response.finish_reason is not None:
-                    tokens = written.pop(response.uid)
-                    answers[row_of[response.uid]] = Answer(tokens, response.finish_reason == "stop")
-                    advance(1, tokens_per_second=total / (time.perf_counter() - started))
+                if rows:
+                    uids = generator.insert(
+                        [list(prompts[row]) for row in rows],
+                        max_tokens=[sys.maxsize] * len(rows),
+                        caches=[sampler.cache(words[row], len(prompts[row])) for row in rows],
+                    )
+                    row_of |= zip(uids, rows, strict=True)
+                    written |= {uid: [] for uid in uids}
+            for uid, token in [(response.uid, response.token) for response in generator.next_generated()]:
+                if uid not in written:
+                    continue
+                total += 1
+                finished = token in stop
+                if not finished:
+                    written[uid].append(token)
+                if finished or len(written[uid]) == max_tokens:
+                    answers[row_of[uid]] = Answer(written.pop(uid), finished, token if finished else None)
+                    ended.append(uid)
+                    unfinished += not finished
+                    speed = total / (time.perf_counter() - started)
+                    advance(1, tokens_per_second=speed, **({"unfinished": unfinished} if unfinished else {}))
     return [answer if answer is not None else Answer([], False) for answer in answers]
+
+
+def keys_of(prompts: Sequence[Sequence[int]]) -> list[str]:
+    """A key for each answer: what its prompt says, and its number among the equal ones."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for prompt in prompts:
+        said = hashlib.sha256(" ".join(map(str, prompt)).encode()).hexdigest()[:32]
+        keys.append(f"{said} {seen[said]}")
+        seen[said] += 1
+    return keys

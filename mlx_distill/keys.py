@@ -15,6 +15,11 @@ def _words(seed: int, purpose: str, step: int) -> int:
     return int.from_bytes(digest[:8], "big")
 
 
+def key_word(seed: int, purpose: str, step: int = 0) -> int:
+    """64 bits for a key of MLX's, its two words in one number; `mx.random.key` makes the key of it."""
+    return _words(seed, purpose, step)
+
+
 def generator(seed: int, purpose: str, step: int = 0) -> np.random.Generator:
     """A NumPy generator, for orders and choices made outside the models."""
     return np.random.default_rng(_words(seed, purpose, step))

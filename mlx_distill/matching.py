@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 
+from mlx_distill.cache.reader import Outline
 from mlx_distill.data.batch import at_places
 from mlx_distill.keys import seed_global
 from mlx_distill.losses import Targets
@@ -17,7 +17,7 @@ from mlx_distill.losses.features import make_projections, project
 from mlx_distill.losses.layer_maps import layer_pairs
 from mlx_distill.losses.menu import MENU, option
 from mlx_distill.models.taps import tapped
-from mlx_distill.recipe import Term
+from mlx_distill.options import Term
 from mlx_distill.teacher import Layers
 
 HUNG_ON = "projections"  # the student's attribute that holds them while it trains
@@ -28,7 +28,7 @@ class Compared(NamedTuple):
 
     place: int  # among the targets of a batch
     share: float  # of those compared; they add up to 1
-    model: Any
+    model: Any  # of a cached teacher, its `Outline`
 
 
 def pairs_of(terms: Mapping[str, Term], student: int, teacher: int) -> dict[str, list[tuple[int, int]]]:
@@ -131,8 +131,10 @@ def strip(student: Any) -> None:
     student.pop(HUNG_ON, None)
 
 
-def _width(model: nn.Module, layer: int) -> int:
+def _width(model: Any, layer: int) -> int:
     """Of the hidden states behind a layer; nothing is computed for it."""
+    if isinstance(model, Outline):
+        return model.widths[layer]
     with tapped(model, hidden=[layer]) as seen:
         model(mx.zeros((1, 1), dtype=mx.int32))
     return seen.hidden[layer].shape[-1]

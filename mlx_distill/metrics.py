@@ -77,6 +77,9 @@ def seconds(value: float) -> str:
 
 QUALITY = (
     Metric("pass@1", "share of problems whose tests the first answer passes", "%", "higher", percent),
+    Metric("pass@5", "share of problems that at least one of 5 answers solves", "%", "higher", percent),
+    Metric("pass@10", "share of problems that at least one of 10 answers solves", "%", "higher", percent),
+    Metric("exact_match", "share of answers that equal a reference", "%", "higher", percent),
     Metric("rougeL", "longest common word sequence with the best reference", "", "higher"),
     Metric("rouge1", "common words with the best reference", "", "higher"),
     Metric("rouge2", "common word pairs with the best reference", "", "higher"),
@@ -86,6 +89,7 @@ QUALITY = (
     Metric("nll", "-log of the probability of the labels", "nats/token", "lower"),
     Metric("bits_per_byte", "the same, in bits per byte of text", "", "lower"),
     Metric("ece", "expected calibration error", "", "lower"),
+    Metric("temperature", "at which the answers were drawn; 0: the likeliest token", write="{:g}".format),
 )
 COST = (
     Metric("parameters", "numbers in the weights", "", "lower", count),
@@ -131,6 +135,6 @@ def others(models: Models) -> tuple[Metric, ...]:
     extra = [
         name
         for name in names
-        if not name.endswith(("_stderr", "_why")) and name not in ("problems", "summaries")
+        if not name.endswith(("_stderr", "_why")) and name not in ("problems", "questions", "summaries")
     ]
     return tuple(Metric(name, "", write=lambda value: f"{value:.6g}") for name in extra)

@@ -40,7 +40,9 @@ def wanted(mistake: Any) -> str:
             return f"one of {mistake['ctx']['expected'].replace(chr(39), '').replace(' or ', ', ')}"
         case "model_type" | "dict_type":
             return "a mapping"
-        case "string_pattern_mismatch":  # of `name`, the one option that has a pattern
+        case "string_pattern_mismatch" if mistake["ctx"]["pattern"] == "^[a-z]{2}$":
+            return "two letters, as in ISO 639-1, such as en"
+        case "string_pattern_mismatch":  # of `name`, the other option that has a pattern
             return "letters, digits and . _ -, the first a letter or digit"
         case "int_type":
             return "a whole number"
@@ -72,6 +74,8 @@ def _section(root: type[BaseModel], keys: list[str]) -> type[BaseModel] | None:
     """The model that a path of keys leads to."""
     section = root
     for key in keys:
+        if key.isdigit():  # a place in a list, whose section was found already
+            continue
         field = section.model_fields.get(key)
         annotation = field.annotation if field else None
         candidates = [c for c in (annotation, *get_args(annotation)) if inspect.isclass(c)]

@@ -17,18 +17,20 @@ from mlx_distill.losses import Targets, Top
 from mlx_distill.losses.chunks import Arrays, chunked_sum
 from mlx_distill.losses.exits import exit_enabled, exit_weights
 from mlx_distill.losses.features import balanced_weight
-from mlx_distill.losses.menu import MENU, option
+from mlx_distill.losses.menu import MENU, option, options_of
 from mlx_distill.losses.outcomes import top_of
 from mlx_distill.losses.targets import log_softmax
 from mlx_distill.matching import Matching
 from mlx_distill.models.early_exit import final_norm
 from mlx_distill.models.head import Head
 from mlx_distill.models.taps import tapped
-from mlx_distill.recipe import Term
+from mlx_distill.options import Term
 from mlx_distill.spans import span_sum
 from mlx_distill.teacher import Layers
 
-Schedule = dict[str, mx.array]  # an exit loss -> weight of each of its exits at one step, (E,)
+# What changes the weights of losses between steps: an exit loss -> weight of each of its exits, (E,); a loss
+# on labels -> 1 or 0, a scalar, in runs that mix in rows which the student wrote itself.
+Schedule = dict[str, mx.array]
 
 
 class Voice(NamedTuple):
@@ -72,15 +74,21 @@ class Objective:
         self.layers = Layers({*self.exits, *matched.hidden}, matched.attention)
 
     def sums(
-        self, tokens: mx.array, places: mx.array, targets: Sequence[Targets], schedule: Schedule
+        self,
+        tokens: mx.array,
+        places: mx.array,
+        weights: mx.array,
+        targets: Sequence[Targets],
+        schedule: Schedule,
     ) -> tuple[mx.array, Arrays]:
         """The student's losses on a batch.
 
         Args:
             tokens: (B, T).
             places: (N,) of the counted labels in the flattened batch, -1 where N was filled up.
+            weights: (1, N) float32 of the labels there, 0 where N was filled up.
             targets: of each voice, at the places; without a teacher one, with labels alone.
-            schedule: `exit_schedule` of this step.
+            schedule: `exit_schedule` of this step, or what `label_schedule` makes of it.
 
         Returns:
             total: scalar; its gradient is the objective's. parts: loss -> its own sum before the weight,
@@ -88,11 +96,10 @@ class Objective:
         """
         with tapped(self.student, hidden=self.layers.hidden, attention=self.layers.attention) as seen:
             last = self.head.hidden(tokens)
-        counted = (places >= 0)[None]
         hidden = {"last": at_places(last, places)}
         if self.norm is not None:
             hidden |= {f"exit {n}": self.norm(at_places(seen.hidden[n], places)) for n in self.exits}
-        total, parts = self._on_logits(hidden, counted, targets, schedule)
+        total, parts = self._on_logits(hidden, weights, targets, schedule)
         for name, term in self.terms.items():
             if MENU[name].family == "spans":
                 weighted = span_sum(self.head, self.voices, last, targets, term, self.chunk)
@@ -101,7 +108,7 @@ class Objective:
         if self.matching is not None:
             on_logits = total
             for name, values in self.matching.values(seen, places, targets).items():
-                value = _sum(values, counted)
+                value = _sum(values, weights)
                 parts[name] = mx.stop_gradient(value)
                 weight = mx.array(self.terms[name].weight)
                 if option(name, self.terms[name].options, "balanced"):
@@ -110,13 +117,13 @@ class Objective:
         return total, parts
 
     def _on_logits(
-        self, hidden: Arrays, counted: mx.array, targets: Sequence[Targets], schedule: Schedule
+        self, hidden: Arrays, weights: mx.array, targets: Sequence[Targets], schedule: Schedule
     ) -> tuple[mx.array, Arrays]:
         """The losses that read logits, a chunk of places at a time."""
         terms = {name: t for name, t in self.terms.items() if MENU[name].family in ("token", "exit")}
         if not terms:
             return mx.array(0.0), {}
-        fixed = {"counted": counted, "labels": targets[0].labels}
+        fixed = {"weights": weights, "labels": targets[0].labels}
         for place, one in enumerate(targets):
             if one.last is not None:
                 fixed[f"last {place}"] = one.last
@@ -129,10 +136,11 @@ class Objective:
             for name, term in terms.items():
                 if MENU[name].family == "token":
                     values = _token_loss(name, term, logits["last"], labels, dense, tops)
+                    values = values * schedule.get(name, 1.0)
                 else:
                     exits = [logits[f"exit {n}"] for n in term.options["exits"]]
                     values = _exit_loss(name, term, exits, logits["last"], labels, schedule[name])
-                parts[name] = _sum(values, fixed["counted"])
+                parts[name] = _sum(values, fixed["weights"])
             return sum((term.weight * parts[name] for name, term in terms.items()), mx.array(0.0)), parts
 
         return chunked_sum(chunk_sum, self.head, hidden, fixed, self.chunk)
@@ -171,7 +179,8 @@ def _token_loss(
         return loss(logits, Targets(labels), **options)
     heard = [(share, Targets(labels, top=top)) for share, top in tops]
     if dense:
-        mixed = mixture(dense, option(name, options, "temperature"))
+        tempered = "temperature" in options_of(name)
+        mixed = mixture(dense, option(name, options, "temperature") if tempered else 1.0)
         heard.append((sum(share for share, _ in dense), Targets(labels, mixed)))
     return sum((share * loss(logits, targets, **options) for share, targets in heard), mx.array(0.0))
 
@@ -206,10 +215,20 @@ def exit_schedule(terms: Mapping[str, Term], layers: int, step: int, steps: int)
     return schedule
 
 
+def label_schedule(terms: Mapping[str, Term], schedule: Schedule, *, own: bool) -> Schedule:
+    """A schedule in which losses on labels count on rows of the data alone, not on the student's own.
+
+    On both it has the same keys and shapes, so that a compiled step is traced once for both.
+    """
+    counts = mx.array(0.0 if own else 1.0)
+    on_labels = [name for name in terms if MENU[name].on_labels]
+    return {**schedule, **{name: schedule.get(name, mx.array(1.0)) * counts for name in on_labels}}
+
+
 def exit_terms(terms: Mapping[str, Term]) -> dict[str, Term]:
     return {name: term for name, term in terms.items() if MENU[name].family == "exit"}
 
 
-def _sum(values: mx.array, counted: mx.array) -> mx.array:
+def _sum(values: mx.array, weights: mx.array) -> mx.array:
     """Last axis first: float32 sums of a whole array are wrong on some backends."""
-    return mx.where(counted, values, 0).sum(-1).sum()
+    return mx.where(weights > 0, values * weights, 0).sum(-1).sum()

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.optimizers as optimizers
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_distill.recipe import Train
+from mlx_distill.options import Train
 
 
 def make_optimizer(train: Train) -> optimizers.Optimizer:

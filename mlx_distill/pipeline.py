@@ -5,7 +5,6 @@ one that is missing.
 """
 
 import errno
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,35 +15,43 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_distill import models
-from mlx_distill.answers import generate_answers, training_rows
-from mlx_distill.cache import CachedTeacher, write_cache
+from mlx_distill.answers import generate_answers
+from mlx_distill.cache import CachedTeacher
+from mlx_distill.cache.ahead import Ahead
+from mlx_distill.cache.stage import cache_folder, filled_caches, store_targets
 from mlx_distill.console import Console
-from mlx_distill.data.batch import Batches, Encoded
-from mlx_distill.data.rows import Row
 from mlx_distill.data.sources import digest
-from mlx_distill.data.template import encode
+from mlx_distill.data.template import encode, encode_prompt, end_of_turn_ids
+from mlx_distill.difficulty import difficulties, score_rows
+from mlx_distill.endpoint import check_server
 from mlx_distill.errors import DistillError, Stopped
 from mlx_distill.evaluate.exits import exits_of
 from mlx_distill.evaluate.fidelity import fidelity
 from mlx_distill.evaluate.stage import evaluate_models, export_student
 from mlx_distill.interrupt import Interrupts
+from mlx_distill.lessons import Lessons, labels, lessons, make_batches
+from mlx_distill.losses.menu import MENU
 from mlx_distill.matching import teacher_layers
+from mlx_distill.memory import decisions
 from mlx_distill.models import Loaded
 from mlx_distill.models.first_layers import first_layers
+from mlx_distill.on_policy import OwnRows
+from mlx_distill.options import Term
 from mlx_distill.preflight import prepare
 from mlx_distill.quantize import quantized
-from mlx_distill.recipe import Recipe, Term
+from mlx_distill.recipe import Recipe
 from mlx_distill.report import write_report
-from mlx_distill.run import StageLog
+from mlx_distill.run import Run, StageLog
 from mlx_distill.run_folder import ROOT, check_folder, open_run
+from mlx_distill.self_teacher import Average
 from mlx_distill.spans import ForeignTeacher
 from mlx_distill.student import widen
 from mlx_distill.teacher import LiveTeacher, Teaches
-from mlx_distill.train import train
+from mlx_distill.train import HasBatches, train
 from mlx_distill.verdict import verdict
 from mlx_distill.work import Work
 
-STAGES = ("generate", "cache", "train", "baseline", "quantize", "evaluate", "export", "report")
+STAGES = ("generate", "score", "cache", "train", "baseline", "quantize", "evaluate", "export", "report")
 
 
 def run(
@@ -69,7 +76,12 @@ def run(
     interrupts = Interrupts()
     with interrupts.caught(), resumable_if_full():
         check_folder(recipe, resume=resume, overwrite=overwrite, root=root)
+        written = not overwrite and "generate" in Run(root / recipe.name, console).stages()
+        if recipe.generate.endpoint is not None and not written:
+            check_server(recipe.generate.endpoint)
         prepared = prepare(recipe, console.progress)
+        decided = decisions(recipe, prepared.recipe, prepared.memory)
+        recipe = prepared.recipe
         opened = open_run(
             recipe, prepared.fingerprint, console, interrupts, resume=resume, overwrite=overwrite, root=root
         )
@@ -79,8 +91,11 @@ def run(
             opened.forget(set(STAGES[STAGES.index(upto) :]))
         work = Work(opened, recipe, prepared)
         console.say(_headline(work))
+        for line in decided:
+            console.say(line)
         stages: dict[str, Callable[[Work], dict[str, Any]]] = {
             "generate": generate_answers,
+            "score": score_rows,
             "cache": store_targets,
             "train": train_student,
             "baseline": train_baseline,
@@ -93,7 +108,11 @@ def run(
         options = {
             "baseline": recipe.evaluate.baseline,
             "quantize": recipe.quantize and recipe.quantize.model_dump(),
-            "evaluate": [recipe.evaluate.model_dump(), digest(prepared.test_rows)],
+            "evaluate": [
+                recipe.evaluate.model_dump(),
+                digest(prepared.test_rows),
+                digest(prepared.valid_rows if recipe.evaluate.tune else []),
+            ],
         }
         for name in STAGES[: STAGES.index(upto) + 1]:
             opened.stage(name, lambda work_on=stages[name]: work_on(work), options.get(name))
@@ -113,51 +132,16 @@ def resumable_if_full() -> Iterator[None]:
         ) from error
 
 
-def store_targets(work: Work) -> dict[str, Any]:
-    """Each teacher with `source: cache` reads every row once; its targets are stored, and it is unloaded."""
-    stored = {}
-    for place, options in work.recipe.teachers.items():
-        if options.source != "cache":
-            continue
-        _, rows = training_rows(work)
-        assert options.top_k is not None  # the recipe was checked for it
-        live = work.live_teacher(place)
-        assert live is not None
-        write_cache(
-            _cache_folder(work, place),
-            live,
-            rows,
-            top_k=options.top_k,
-            temperature=work.recipe.temperature,
-            made_of=_made_of(work, rows),
-            title=f"{place}: cache",
-            progress=work.run.progress,
-        )
-        del live
-        work.unload(place)
-        stored[place] = sum(len(row.tokens) - row.start for row in rows)
-    return stored
-
-
-def _cache_folder(work: Work, place: str) -> Path:
-    return work.run.folder / "cache" / place
-
-
-def _made_of(work: Work, rows: list[Encoded]) -> dict[str, Any]:
-    """What a cache depends on; the fingerprint covers the teacher, its options and the data."""
-    read = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    return {"fingerprint": work.prepared.fingerprint, "rows": read}
-
-
 def train_student(work: Work) -> dict[str, Any]:
     """The student learns from the labels, the teacher's answers, and the teacher's probabilities."""
-    return _train(work, "student", *training_rows(work), work.recipe)
+    filled_caches(work)  # again: what was damaged or removed since is read once more
+    return _train(work, "student", lessons(work), work.recipe)
 
 
 def train_baseline(work: Work) -> dict[str, Any]:
     """The same student for the same steps on the user's own labels alone: what a teacher must beat."""
     why = None
-    if work.recipe.teacher is None:
+    if work.recipe.teacher is None and work.recipe.generate.endpoint is None:
         why = "no teacher: the student itself is trained on labels alone"
     elif not work.recipe.evaluate.baseline:
         why = "`evaluate.baseline` is false"
@@ -165,15 +149,34 @@ def train_baseline(work: Work) -> dict[str, Any]:
         why = "no labels: `data.train` is not given"
     if why:
         return {"why": why}
-    alone = work.recipe.model_copy(update={"objective": {"cross_entropy": Term()}, "teacher": None})
-    return _train(work, "baseline", work.prepared.train_rows, work.prepared.train, alone)
+    given = work.recipe.generate.model_copy(update={"on_policy": None})
+    changes = {"objective": {"cross_entropy": Term()}, "teacher": None, "generate": given}
+    alone = work.recipe.model_copy(update=changes)
+    return _train(work, "baseline", labels(work), alone)
 
 
-def _train(work: Work, stage: str, read: list[Row], rows: list[Encoded], recipe: Recipe) -> dict[str, Any]:
+def _train(work: Work, stage: str, learned: Lessons, recipe: Recipe) -> dict[str, Any]:
+    rows = learned.encoded
+    for place in recipe.self_taught:
+        work.unload(place)  # the student is about to be loaded, and lends its own weights
     student = work.new_student()._replace(tokenizer=work.prepared.tokenizer)
     dtype = widen(student.model) if recipe.student.method == "full" else None
-    batches = Batches(rows, recipe.train.batch_tokens, recipe.seed)
-    teachers = [_teaches(work, place, student, read, rows) for place in recipe.teachers]
+    # Difficulties are those of the student's rows; the baseline takes its own in random order.
+    batches: HasBatches = []
+    if not recipe.all_own:
+        batches = make_batches(learned, recipe, difficulties(work) if stage == "student" else None)
+    if recipe.self_taught:
+        work.lend(student)
+    # Where no loss asks the teachers, as on answers that one of them wrote before, none runs.
+    asked = recipe.teachers if any(MENU[name].needs_teacher for name in recipe.objective) else {}
+    averages = {
+        place: Average(student.model, teacher.ema)
+        for place, teacher in asked.items()
+        if teacher.ema is not None
+    }
+    teachers = [_teaches(work, place, student, learned, averages.get(place)) for place in asked]
+    if any(isinstance(teacher, CachedTeacher) for teacher in teachers):
+        batches = Ahead(batches, teachers, recipe.train.steps * recipe.train.micro_batches)
     # A cached teacher was unloaded to make room, and is not loaded again while the student trains.
     watching = work.prepared.valid and recipe.teacher and recipe.teacher.source == "live"
     compared = work.comparable_teacher() if watching else None
@@ -197,6 +200,8 @@ def _train(work: Work, stage: str, read: list[Row], rows: list[Encoded], recipe:
             work.prepared.vocabulary,
             StageLog(work.run, stage),
             validate if work.prepared.valid else None,
+            _own_rows(work, recipe),
+            list(averages.values()),
         )
     models.fused(student)
     if dtype is not None:
@@ -208,14 +213,35 @@ def _train(work: Work, stage: str, read: list[Row], rows: list[Encoded], recipe:
     return {"train_tokens": used.train_tokens, "train_seconds": used.train_seconds, "rows": len(rows)}
 
 
-def _teaches(work: Work, place: str, student: Loaded, read: list[Row], rows: list[Encoded]) -> Teaches:
+def _own_rows(work: Work, recipe: Recipe) -> OwnRows | None:
+    """What lets the student answer the questions of the data itself; None where it is not to."""
+    options, prepared = recipe.generate.on_policy, work.prepared
+    if options is None:
+        return None
+    asked = [*labels(work).rows, *(asked.row for asked in prepared.prompts)]
+    return OwnRows(
+        options,
+        [encode_prompt(row, prepared.tokenizer) for row in asked if row.text is None],
+        steps=recipe.train.steps,
+        batch_tokens=recipe.train.batch_tokens,
+        seed=recipe.seed,
+        ends=end_of_turn_ids(prepared.tokenizer),
+        vocabulary=prepared.vocabulary,
+    )
+
+
+def _teaches(
+    work: Work, place: str, student: Loaded, learned: Lessons, average: Average | None = None
+) -> Teaches:
     """A teacher of the student, on these rows."""
+    rows = learned.encoded
     options, files = work.recipe.teachers[place], work.prepared.teachers[place]
     if options.source == "cache":
-        return CachedTeacher(_cache_folder(work, place), rows, _made_of(work, rows), tail=options.tail)
-    loaded = work.teacher(place)
+        made_of = work.prepared.caches[place]
+        return CachedTeacher(cache_folder(work, place), rows, made_of, tail=options.tail)
+    loaded = work.teacher(place) if average is None else student._replace(model=average.model)
     if files.foreign:
-        theirs = [encode(row, files.tokenizer, count=work.recipe.data.count) for row in read]
+        theirs = [encode(row, files.tokenizer, count=work.recipe.data.count) for row in learned.rows]
         tokenizer, size = work.prepared.tokenizer, work.prepared.vocabulary
         return ForeignTeacher(loaded, files.vocabulary, rows, theirs, tokenizer, size)
     terms = work.recipe.objective
@@ -252,8 +278,10 @@ def _headline(work: Work) -> str:
     prepared = work.prepared
     dropped = sum(prepared.dropped.values())
     note = f", {dropped} too long for data.max_tokens" if dropped else ""
+    replayed = sum(len(rows) for rows, _ in prepared.replay.values())
+    labelled = f"{len(prepared.train)} labelled rows" + (f" and {replayed} replayed" if replayed else "")
     return (
-        f"{work.run.folder}: {len(prepared.train)} labelled rows, "
+        f"{work.run.folder}: {labelled}, "
         f"{len(prepared.prompts)} prompts for the teacher, {len(prepared.valid)} valid, "
         f"{len(prepared.test)} test{note}"
     )

@@ -8,21 +8,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_distill.asked import Asked, check_thinking, shown_to
+from mlx_distill.cache.contents import contents_of, refuse_others
 from mlx_distill.data import sources
 from mlx_distill.data.batch import Encoded
 from mlx_distill.data.rows import Row
 from mlx_distill.data.template import encode, encode_prompt, has_chat_template
 from mlx_distill.data.vocabularies import token_bytes
 from mlx_distill.errors import DataError, ModelError, RecipeError
+from mlx_distill.filters import check_filters, determining
 from mlx_distill.hub import is_name, model_folder
 from mlx_distill.losses.exits import exit_weights
 from mlx_distill.losses.menu import MENU, option
 from mlx_distill.losses.relations import check_relation_heads
 from mlx_distill.matching import pairs_of
+from mlx_distill.memory import Estimate, estimate, with_sources
 from mlx_distill.models import check_architecture, load_tokenizer
 from mlx_distill.models.support import refuse_attention, refuse_exits, refuse_hidden
+from mlx_distill.options import Data, Generate, Source, Term
 from mlx_distill.progress import Progress, silent
-from mlx_distill.recipe import Data, Recipe, Source, Term, fingerprint
+from mlx_distill.reasoning import Task, as_learned, as_measured, check_marks
+from mlx_distill.recipe import Recipe, fingerprint
 from mlx_distill.teacher import check_same_vocabulary
 from mlx_distill.tokenizer import train_tokenizer
 
@@ -31,7 +37,7 @@ from mlx_distill.tokenizer import train_tokenizer
 class TeacherFiles:
     """A teacher before its weights are read."""
 
-    folder: Path
+    folder: Path | None  # None: a new student, which stands nowhere
     tokenizer: Any
     vocabulary: int  # real size of the tokenizer
     foreign: bool  # its vocabulary is not the student's
@@ -48,11 +54,17 @@ class Prepared:
     teachers: dict[str, TeacherFiles]  # by their place in the recipe; the first one answers prompts
     train_rows: list[Row]
     train: list[Encoded]
-    prompts: list[tuple[Row, list[int]]]  # rows for the teacher to answer, and its token ids for them
+    prompts: list[Asked]  # rows for the teacher, or a server, to answer
+    valid_rows: list[Row]
     valid: list[Encoded]
     test_rows: list[Row]
     test: list[Encoded]
     dropped: dict[str, int] = field(default_factory=dict)  # rows of each key longer than max_tokens
+    replay: dict[str, tuple[list[Row], list[Encoded]]] = field(default_factory=dict)  # by "replay.0", ...
+    tasks: dict[str, list[Task]] = field(default_factory=dict)  # of each row of "train", "replay.0", ...
+    examples: list[Row] = field(default_factory=list)  # that a writer is shown before each prompt
+    caches: dict[str, dict[str, Any]] = field(default_factory=dict)  # what a teacher's cache is made of
+    memory: Estimate = field(kw_only=True)  # that training takes
 
 
 def prepare(recipe: Recipe, progress: Progress = silent) -> Prepared:
@@ -62,65 +74,114 @@ def prepare(recipe: Recipe, progress: Progress = silent) -> Prepared:
         DistillError: what is wrong, in one line.
     """
     folders = _folders(recipe, lambda name: not is_name(name) or os.path.exists(name))
-    needed = {*recipe.teachers, *(["student"] if recipe.student.model is not None else [])}
+    needed = {*recipe.teachers} - {*recipe.self_taught}
+    needed |= {"student"} if recipe.student.model is not None else set()
     if needed <= folders.keys():  # before the data is read, which may take seconds
         check_objective(recipe, folders)
     if recipe.evaluate.tasks and sources.expand(recipe.data)["test"] is None:
         tasks = ", ".join(recipe.evaluate.tasks)
         raise RecipeError(f"`evaluate.tasks` [{tasks}] measure on `data.test`, which is missing")
+    if recipe.evaluate.tune and sources.expand(recipe.data)["valid"] is None:
+        raise RecipeError("`evaluate.tune` chooses a temperature on `data.valid`, which is missing; name it")
+    own = recipe.generate.on_policy
+    if own is not None and own.schedule == "adaptive" and sources.expand(recipe.data)["valid"] is None:
+        raise RecipeError(
+            "`generate.on_policy`: schedule adaptive follows the loss on `data.valid`, which is missing; "
+            "name it"
+        )
     rows = read_rows(recipe.data, progress)
+    examples = read_examples(recipe.generate)
+    if own is not None and all(row.text is not None for row in [*rows["train"], *rows["prompts"]]):
+        raise DataError(
+            "`generate.on_policy`: every row of the data is plain `text`, and the student needs questions to "
+            "answer; give it rows with a `prompt` or `messages`"
+        )
     _check_evaluation(recipe, rows["test"])
+    _check_tuning(recipe, rows["valid"])
+    check_filters(recipe, rows)
+    check_marks(recipe.data, rows)
     folders |= _folders(recipe, lambda name: True)  # from the Hub, once all that is here was seen to be right
     student_folder = folders.get("student")
     if student_folder is not None and not recipe.across_tokenizers:
-        for key in recipe.teachers:
+        for key in recipe.teachers.keys() - {*recipe.self_taught}:
             _check_tokenizer_files(student_folder, folders[key])
     for key, folder in folders.items():
         check_architecture(folder, f"{key}.model")
     check_objective(recipe, folders)
-    own = None if student_folder is None else load_tokenizer(student_folder)
+    mine = None if student_folder is None else load_tokenizer(student_folder)
     if recipe.student.tokenizer is not None:
-        own = train_tokenizer((_text_of(row) for row in rows["train"]), recipe.student.tokenizer)
-    teachers, tokenizer = _teachers(recipe, folders, own)
+        mine = train_tokenizer((_text_of(row) for row in rows["train"]), recipe.student.tokenizer)
+    teachers, tokenizer = _teachers(recipe, folders, mine)
+    vocabulary = max(tokenizer.get_vocab().values()) + 1
+    memory = estimate(recipe, folders, vocabulary)
+    recipe = with_sources(recipe, memory)
+    caches = _caches(recipe, folders, teachers, tokenizer)
+    refuse_others(recipe, caches)
 
     encoded: dict[str, list[Encoded]] = {}
     kept: dict[str, list[Row]] = {}
     dropped: dict[str, int] = {}
-    for key in ("train", "valid", "test"):
-        found = [encode(row, tokenizer, count=recipe.data.count) for row in rows[key]]
+    taught: dict[str, list[Task]] = {}
+    replayed = [f"replay.{place}" for place in range(len(recipe.data.replay))]
+    reasoning = recipe.data.reasoning
+    for key in ("train", "valid", "test", *replayed):
+        if key in ("valid", "test"):
+            read = as_measured(rows[key], reasoning)
+        else:
+            learned = [one for row in rows[key] for one in as_learned(row, reasoning)]
+            read = [row for row, _ in learned]
+            taught[key] = [task for _, task in learned]
+        found = [encode(row, tokenizer, count=recipe.data.count) for row in read]
         fits = [i for i, row in enumerate(found) if len(row.tokens) <= recipe.data.max_tokens]
-        _refuse_none(key, rows[key], fits, min((len(row.tokens) for row in found), default=0), recipe)
-        encoded[key], kept[key] = [found[i] for i in fits], [rows[key][i] for i in fits]
+        _refuse_none(key, read, fits, min((len(row.tokens) for row in found), default=0), recipe)
+        encoded[key], kept[key] = [found[i] for i in fits], [read[i] for i in fits]
         dropped[key] = len(found) - len(fits)
-    answering = teachers["teacher"].tokenizer if teachers and teachers["teacher"].foreign else tokenizer
-    asked = [(row, encode_prompt(row, answering)) for row in rows["prompts"]]
-    prompts = [(row, tokens) for row, tokens in asked if len(tokens) < recipe.data.max_tokens]
-    _refuse_none("prompts", rows["prompts"], prompts, min((len(t) for _, t in asked), default=0), recipe)
+        if key in taught:
+            taught[key] = [taught[key][i] for i in fits]
+    _check_tuning(recipe, kept["valid"])  # again, without the rows that are too long
+    foreign = bool(teachers) and teachers["teacher"].foreign
+    writer = teachers["teacher"].tokenizer if foreign else tokenizer
+    asked = _asked(recipe, rows["prompts"], examples, tokenizer, writer)
+    prompts = [one for one in asked if len(one.tokens) < recipe.data.max_tokens]
+    shortest = min((len(one.tokens) for one in asked), default=0)
+    _refuse_none("prompts", rows["prompts"], prompts, shortest, recipe)
     dropped["prompts"] = len(asked) - len(prompts)
 
-    trained_on = [encoded["train"], [tokens for _, tokens in prompts]]
+    trained_on: list[Any] = [encoded["train"], [[one.tokens, one.shown] for one in prompts]]
+    trained_on += [encoded[key] for key in replayed]
+    if recipe.generate.endpoint is not None:
+        trained_on.append(sources.digest([*(one.row for one in prompts), *examples]))
+    if own is not None and own.schedule == "adaptive":
+        trained_on.append(encoded["valid"])
     return Prepared(
         recipe,
         fingerprint(
             recipe,
             hashlib.sha256(json.dumps(trained_on).encode()).hexdigest(),
             *(f"{key} {_digest(folder)}" for key, folder in sorted(folders.items())),
+            *determining(recipe, rows),
         ),
         tokenizer,
-        max(tokenizer.get_vocab().values()) + 1,
+        vocabulary,
         teachers,
         kept["train"],
         encoded["train"],
         prompts,
+        kept["valid"],
         encoded["valid"],
         kept["test"],
         encoded["test"],
         dropped,
+        {key: (kept[key], encoded[key]) for key in replayed},
+        taught,
+        examples,
+        caches,
+        memory=memory,
     )
 
 
 def read_rows(data: Data, progress: Progress = silent) -> dict[str, list[Row]]:
-    """Rows of train, prompts, valid and test; empty where the recipe names none."""
+    """Rows of train, prompts, valid, test and replay.0, ...; empty where the recipe names none."""
     named = sources.expand(data)
     rows: dict[str, list[Row]] = {}
     with progress("reading data", len(named), "sources") as advance:
@@ -131,16 +192,49 @@ def read_rows(data: Data, progress: Progress = silent) -> dict[str, list[Row]]:
     return rows
 
 
+def read_examples(options: Generate) -> list[Row]:
+    """The rows that a writer is shown before each prompt, each with its answer.
+
+    Raises:
+        DataError: a row without one.
+    """
+    rows = [] if options.examples is None else sources.read(options.examples, "examples")
+    for row in rows:
+        if row.answer() is None:
+            raise DataError(f"{row.origin}: no answer; a row of `generate.examples` needs one")
+    return rows
+
+
+def _asked(
+    recipe: Recipe, rows: Sequence[Row], examples: Sequence[Row], tokenizer: Any, writer: Any
+) -> list[Asked]:
+    """The prompts, as the student learns them and as the writer is shown them.
+
+    Args:
+        tokenizer: the student's.
+        writer: the teacher's. Where a server writes in its place, it only judges: the bare question.
+    """
+    options, bare = recipe.generate, [encode_prompt(row, tokenizer) for row in rows]
+    more = options.system is not None or options.thinking is not None or bool(examples)
+    if more and rows and options.endpoint is None:
+        check_thinking(writer, rows[0], options)
+        shown = [shown_to(writer, row, options, examples) for row in rows]
+    else:
+        shown = bare if writer is tokenizer else [encode_prompt(row, writer) for row in rows]
+    return [Asked(*one) for one in zip(rows, bare, shown, strict=True)]
+
+
 def _is_corpus(source: Source) -> bool:
     return source.source in sources.CORPORA
 
 
 def _folders(recipe: Recipe, wanted: Callable[[str], bool]) -> dict[str, Path]:
     """Folders of the models that the recipe loads, and that are wanted by name; their files are checked."""
-    named = {key: teacher.model for key, teacher in recipe.teachers.items()}
+    named = {key: one.model for key, one in recipe.teachers.items() if key not in recipe.self_taught}
     if recipe.student.model is not None:
         named["student"] = recipe.student.model
-    return {key: model_folder(name, f"{key}.model") for key, name in named.items() if wanted(name)}
+    found = {key: model_folder(name, f"{key}.model") for key, name in named.items() if wanted(name)}
+    return found | {key: found["student"] for key in recipe.self_taught if "student" in found}
 
 
 def _teachers(
@@ -151,8 +245,10 @@ def _teachers(
     Args:
         own: the tokenizer of a loaded student, or the one trained for a new one; None: the teacher's.
     """
-    loaded = {key: load_tokenizer(folders[key]) for key in recipe.teachers}
+    others = [key for key in recipe.teachers if key not in recipe.self_taught]
+    loaded = {key: load_tokenizer(folders[key]) for key in others}
     tokenizer = own if own is not None else loaded["teacher"]
+    loaded = {key: loaded.get(key, tokenizer) for key in recipe.teachers}
     teachers = {}
     for key, theirs in loaded.items():
         foreign = tokenizer.get_vocab() != theirs.get_vocab()
@@ -162,7 +258,7 @@ def _teachers(
             _check_alignable(tokenizer, "student")
             _check_alignable(theirs, f"{key}.model")
         size = max(theirs.get_vocab().values()) + 1
-        teachers[key] = TeacherFiles(folders[key], theirs, size, foreign)
+        teachers[key] = TeacherFiles(folders.get(key), theirs, size, foreign)
     over_one = [
         name for name in recipe.objective if MENU[name].needs_teacher and MENU[name].family != "spans"
     ]
@@ -184,6 +280,31 @@ def _teachers(
     return teachers, tokenizer if keep else first.tokenizer
 
 
+def _caches(
+    recipe: Recipe, folders: dict[str, Path], teachers: dict[str, TeacherFiles], tokenizer: Any
+) -> dict[str, dict[str, Any]]:
+    """What the cache of each teacher that has one must be made of."""
+    shape = recipe.student.shape
+
+    def depth(folder: Path | None) -> int | None:
+        if folder is not None:
+            return _layers_of(json.loads((folder / "config.json").read_text()))
+        return None if shape is None else shape.num_hidden_layers
+
+    return {
+        place: contents_of(
+            recipe,
+            place,
+            weights=fingerprint(recipe) if files.folder is None else _digest(files.folder),
+            tokenizer=tokenizer,
+            vocabulary=files.vocabulary,
+            layers=(depth(folders.get("student")), depth(files.folder)),
+        )
+        for place, files in teachers.items()
+        if recipe.teachers[place].source == "cache"
+    }
+
+
 def _check_alignable(tokenizer: Any, place: str) -> None:
     try:
         token_bytes(tokenizer)
@@ -200,7 +321,7 @@ def check_objective(recipe: Recipe, folders: dict[str, Path]) -> None:
     configs = {key: json.loads((folder / "config.json").read_text()) for key, folder in folders.items()}
     shape = recipe.student.shape
     if shape is not None:
-        configs["student"] = shape.model_dump()
+        configs |= {key: shape.model_dump() for key in ("student", *recipe.self_taught)}
     layers = {key: _layers_of(config) for key, config in configs.items()}
     for name, term in recipe.objective.items():
         family, key = MENU[name].family, f"objective.{name}"
@@ -274,9 +395,20 @@ def _digest(folder: Path) -> str:
 
 def _check_evaluation(recipe: Recipe, test: Sequence[Row]) -> None:
     for task in recipe.evaluate.tasks:
-        if task in ("code", "summary") and not any(row.task == task for row in test):
-            need = "`tests`" if task == "code" else "`references`"
+        needed = {"code": "`tests`", "summary": "`references`", "exact": '`references` and `task` "exact"'}
+        if task in needed and not any(row.task == task for row in test):
+            need = needed[task]
             raise DataError(f"`evaluate.tasks`: {task!r} needs rows with {need} in `data.test`; it has none")
+
+
+def _check_tuning(recipe: Recipe, valid: Sequence[Row]) -> None:
+    options = recipe.evaluate
+    if options.tune and not any(row.task in options.tasks for row in valid):
+        tasks = ", ".join(options.tasks)
+        raise DataError(
+            f"`evaluate.tune`: `evaluate.tasks` [{tasks}] can score none of the {len(valid)} rows of `data.valid`; "
+            f"give it rows with tests or references"
+        )
 
 
 def _refuse_none(key: str, rows: Sequence[Any], fits: Sequence[Any], shortest: int, recipe: Recipe) -> None:

@@ -5,7 +5,7 @@ import io
 
 from mlx_distill.errors import RecipeError
 from mlx_distill.models import Loaded
-from mlx_distill.recipe import Quantize
+from mlx_distill.options import Quantize
 
 
 def quantized(loaded: Loaded, options: Quantize) -> Loaded:

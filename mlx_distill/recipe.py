@@ -1,224 +1,44 @@
-"""A recipe: what a run is made of, every option with its meaning and unit.
+"""A recipe: what a run is made of. Every option stands in `options.py`; here they are put together.
 
 `load` reads strict YAML, applies `section.key=value` overrides and returns a frozen `Recipe`, or
-raises one `RecipeError` that lists every mistake with its path. No other module defines an option.
-The top-level keys are the modules that a batch meets, in that order. The file is long because every
-option stands in it.
+raises one `RecipeError` that lists every mistake with its path.
 """
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import yaml
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Field,
-    NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
     TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
 )
 
+from mlx_distill.data.mixture import learned_from
 from mlx_distill.errors import NotFound, RecipeError
 from mlx_distill.losses import NEEDS_TAIL
 from mlx_distill.losses.menu import MENU, options_of
 from mlx_distill.mistakes import explain, nearest, shown, wanted
+from mlx_distill.options import (
+    Data,
+    Evaluate,
+    Export,
+    Filters,
+    Generate,
+    Quantize,
+    Section,
+    Student,
+    Teacher,
+    Term,
+    Train,
+)
 from mlx_distill.strict_yaml import parse_value, parse_yaml
-
-EVALUATION_TASKS = ("fidelity", "code", "summary", "speed")
-
-
-class Section(BaseModel):
-    """A part of a recipe: frozen, typed strictly, and without unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Shape(Section):
-    """The `config.json` of a model built from scratch, in Hugging Face's names."""
-
-    # No qwen2: transformers opens every tokenizer in such a folder as Qwen's own, and text is lost.
-    model_type: Literal["llama", "qwen3"] = "llama"
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt  # width of the feed-forward layers
-    num_hidden_layers: PositiveInt
-    num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt | None = None  # null: as many as attention heads
-    head_dim: PositiveInt | None = None  # null: hidden_size / num_attention_heads
-    max_position_embeddings: PositiveInt = 512  # tokens
-    rope_theta: PositiveFloat = 10000.0
-    rms_norm_eps: PositiveFloat = 1e-5
-    tie_word_embeddings: bool = True  # one matrix for reading and writing tokens
-
-    @property
-    def attention_size(self) -> int:
-        """Width of all heads together."""
-        return self.num_attention_heads * (self.head_dim or self.hidden_size // self.num_attention_heads)
-
-    @model_validator(mode="after")
-    def check_heads(self) -> Self:
-        heads, kv = self.num_attention_heads, self.num_key_value_heads
-        if kv is not None and heads % kv:
-            raise ValueError(f"{heads} attention heads are no multiple of {kv} key and value heads")
-        if self.head_dim is None and self.hidden_size % heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {heads} attention heads")
-        if (self.head_dim or self.hidden_size // heads) % 2:
-            raise ValueError("the size of a head must be even, for rotary positions")
-        return self
-
-
-class NewTokenizer(Section):
-    """A sentencepiece BPE tokenizer, trained on the text of `data.train`."""
-
-    pieces: PositiveInt  # vocabulary, special tokens included
-    byte_fallback: bool = True  # 256 pieces that spell out what no other piece covers
-
-
-class Student(Section):
-    """The model that learns: loaded (`model`), or built from scratch (`shape`)."""
-
-    model: str | None = None  # folder or Hub repository
-    shape: Shape | None = None
-    tokenizer: NewTokenizer | None = None  # for `shape` without a teacher; null: the teacher's
-    method: Literal["full", "lora", "dora"] = "full"  # which parameters move
-    rank: PositiveInt = 16  # of the LoRA or DoRA matrices
-    scale: PositiveFloat = 20.0  # of their product
-    dropout: NonNegativeFloat = Field(0.0, lt=1)  # share of their inputs set to 0 while training
-    layers: PositiveInt | None = None  # how many of the last layers they sit in; null: all
-
-    @model_validator(mode="after")
-    def check(self) -> Self:
-        if (self.model is None) == (self.shape is None):
-            raise ValueError("needs either `model` (load one) or `shape` (build one), not both")
-        if self.shape is not None and self.method != "full":
-            raise ValueError(f"method {self.method!r} adapts a loaded model; a new `shape` needs 'full'")
-        if self.model is not None and self.tokenizer is not None:
-            raise ValueError("`tokenizer` is for a new `shape`; a loaded model keeps its own")
-        if self.method == "full" and self.dropout:
-            raise ValueError("`dropout` acts inside LoRA or DoRA matrices; method 'full' has none")
-        return self
-
-
-class Teacher(Section):
-    """A model that teaches. Its weights never change.
-
-    The first one answers `data.prompts`, and is what the student is compared with. What `others` say is
-    mixed into its targets.
-    """
-
-    model: str  # `embedded`, a folder, or a Hub repository
-    weight: PositiveFloat = 1.0  # of its targets, as a share of all teachers' weights
-    source: Literal["live", "cache"] = "live"  # cache: runs once over all rows, and is then unloaded
-    top_k: PositiveInt | None = None  # likeliest tokens kept of each distribution; null: all
-    tail: bool = True  # keep the mass of all other tokens too, as one more outcome
-    others: list[Self] = []  # more teachers, with these same options
-
-    @model_validator(mode="after")
-    def check(self) -> Self:
-        if self.source == "cache" and self.top_k is None:
-            raise ValueError("source 'cache' stores the likeliest tokens; set `top_k`, such as 64")
-        if self.top_k is None and not self.tail:
-            raise ValueError("`tail` is what `top_k` leaves over; without `top_k` there is none")
-        if any(other.others for other in self.others):
-            raise ValueError("`others` stand in one list; they have no `others` of their own")
-        return self
-
-
-class Source(Section):
-    """Where rows come from. In a recipe a plain string stands for `{source: STRING}`."""
-
-    source: str  # a .jsonl file, a folder, a Hub dataset, or a corpus: pocket, stdlib
-    task: Literal["code", "summary", "both"] | None = None  # of a corpus; null there: code
-    split: str | None = None  # null: the one that the key names, `train` for prompts
-    rows: PositiveInt | None = None  # at most so many; null: all (a corpus needs a number)
-    start: NonNegativeInt = 0  # rows passed over first
-    seed: NonNegativeInt = 0  # of a corpus: draws its functions, their order and their words
-
-
-class Data(Section):
-    """What is read. `valid` and `test` default to those of a `train` that is a folder or dataset."""
-
-    train: Source | None = None  # rows with answers: the user's labels
-    prompts: Source | None = None  # rows whose answers the teacher writes
-    valid: Source | None = None  # watched while training
-    test: Source | None = None  # touched by `evaluate` alone
-    max_tokens: PositiveInt = 1024  # longer rows are left out, and counted in the log
-    count: Literal["completion", "all"] = "completion"  # labels that the losses see
-
-    @field_validator("train", "prompts", "valid", "test", mode="before")
-    @classmethod
-    def from_string(cls, value: Any) -> Any:
-        return {"source": value} if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def check(self) -> Self:
-        if self.train is None and self.prompts is None:
-            raise ValueError("needs `train` (rows with answers), `prompts` (rows without), or both")
-        return self
-
-
-class Generate(Section):
-    """How the teacher answers `data.prompts`: greedily, up to its end-of-turn token."""
-
-    max_tokens: PositiveInt = 256  # of an answer; unfinished ones are dropped
-    batch_size: PositiveInt = 64  # answers written at once
-
-
-class Term(Section):
-    """One loss of the objective: its weight and the options of its function."""
-
-    weight: PositiveFloat = 1.0
-    options: dict[str, Any] = {}
-
-
-class Train(Section):
-    """The loop. A step is one finished optimizer update."""
-
-    steps: PositiveInt
-    batch_tokens: PositiveInt = 4096  # tokens of one forward pass, padding included
-    micro_batches: PositiveInt = 1  # forward passes added up into one update
-    learning_rate: PositiveFloat = 1e-5  # peak
-    warmup: NonNegativeInt = 0  # steps from 0 up to the peak
-    final_learning_rate: NonNegativeFloat = Field(0.1, le=1)  # end of the cosine, as a share of the peak
-    weight_decay: NonNegativeFloat = 0.01  # AdamW; matrices only
-    beta2: float = Field(0.999, gt=0, lt=1)  # AdamW
-    clip: NonNegativeFloat = 1.0  # largest norm of the gradient; 0 turns it off
-    gradient_checkpointing: bool = False  # recompute layers in the backward pass, to save memory
-    logits_mib: PositiveInt = 384  # memory for logits and losses on them: sets how many places at a time
-    compile: bool = True
-    log_every: NonNegativeInt = 20  # steps; 0 turns it off, here and below
-    eval_every: NonNegativeInt = 0
-    save_every: NonNegativeInt = 200
-
-
-class Quantize(Section):
-    """Weights of the finished student in few bits, with mlx-lm's round-to-nearest."""
-
-    bits: Literal[2, 3, 4, 5, 6, 8] = 4
-    group_size: Literal[32, 64, 128] = 64  # weights that share a scale and a bias
-
-
-class Evaluate(Section):
-    """What is measured on `data.test`, for every model of the run alike."""
-
-    tasks: list[Literal["fidelity", "code", "summary", "speed"]] = ["fidelity", "speed"]
-    baseline: bool = True  # also train the student on `data.train` alone, for as many steps
-    max_tokens: PositiveInt = 256  # of a generated answer
-    batch_size: PositiveInt = 64  # answers written at once
-    seconds: PositiveFloat = 5.0  # that one problem's tests may take
-
-
-class Export(Section):
-    """What is left for other programs. Each artefact is reloaded and compared."""
-
-    formats: list[Literal["mlx"]] = ["mlx"]  # mlx: folders for mlx-lm; [] leaves them unchecked
 
 
 class Recipe(Section):
@@ -260,11 +80,14 @@ class Recipe(Section):
     @model_validator(mode="after")
     def check_together(self) -> Self:
         mistakes = self._check_teaching()
-        if self.teacher is None and self.data.prompts is not None:
-            mistakes.append("`data.prompts` are answered by the teacher; name a `teacher`")
+        if self.teacher is None and self.data.prompts is not None and self.generate.endpoint is None:
+            mistakes.append(
+                "`data.prompts` are answered by the teacher; name a `teacher`, or a `generate.endpoint`"
+            )
         if self.teacher is None and self.student.shape is not None and self.student.tokenizer is None:
             mistakes.append("`student.shape` needs a `teacher`, for its tokenizer, or `student.tokenizer`")
-        if self.teacher is not None and self.student.tokenizer is not None and not self.across_tokenizers:
+        foreign = self.teacher is not None and "teacher" not in self.self_taught
+        if foreign and self.student.tokenizer is not None and not self.across_tokenizers:
             mistakes.append(
                 "`student.tokenizer`: with a teacher the student uses the teacher's; "
                 "to learn across tokenizers add the loss `cross_tokenizer`"
@@ -280,6 +103,16 @@ class Recipe(Section):
             if all(width % quantize.group_size for width in widths):
                 size = quantize.group_size
                 mistakes.append(f"`quantize.group_size` {size} divides no width of `student.shape` {widths}")
+        mistakes += _check_evaluation_sampling(self)
+        mistakes += _check_generation(self)
+        mistakes += _check_endpoint(self)
+        mistakes += _check_filters(self)
+        mistakes += _check_self_taught(self)
+        mistakes += _check_on_policy(self)
+        mistakes += _check_policy_gradient(self)
+        mistakes += _check_curriculum(self)
+        mistakes += _check_cache(self)
+        mistakes += _check_reasoning(self)
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
@@ -293,12 +126,12 @@ class Recipe(Section):
             ][:1]
         mistakes = []
         for place, teacher in self.teachers.items():
-            if teacher.source == "cache":
+            if teacher.source != "live":
                 mistakes += [
-                    f"`{place}.source` cache stores no hidden states, attention or text spans, which "
+                    f"`{place}.source` {teacher.source} stores no attention or text spans, which "
                     f"`objective.{name}` needs; use live"
                     for name, loss in terms.items()
-                    if loss.family in ("hidden", "attention", "spans")
+                    if loss.family in ("attention", "spans")
                 ]
             if not teacher.tail:
                 mistakes += [
@@ -328,6 +161,17 @@ class Recipe(Section):
         return {"teacher": self.teacher, **others}
 
     @property
+    def self_taught(self) -> list[str]:
+        """Places of the teachers that are the student: as it is before training, or its moving average."""
+        return [place for place, teacher in self.teachers.items() if teacher.model == "student"]
+
+    @property
+    def all_own(self) -> bool:
+        """Whether the student learns from its own answers alone, and no row of the data needs one."""
+        own = self.generate.on_policy
+        return own is not None and own.share == 1 and own.schedule == "constant"
+
+    @property
     def across_tokenizers(self) -> bool:
         """Whether a teacher may have another tokenizer than the student."""
         return any(MENU[name].family == "spans" for name in self.objective)
@@ -344,6 +188,238 @@ class Recipe(Section):
     def temperature(self) -> float:
         """At which the likeliest tokens of a teacher are kept."""
         return next(iter(self._temperatures), 1.0)
+
+
+def _check_cache(recipe: Recipe) -> list[str]:
+    """Drawn tokens where a loss needs more than an average of them, or nothing is stored."""
+    mistakes = []
+    for place, teacher in recipe.teachers.items():
+        if teacher.sampled is None:
+            continue
+        if teacher.source == "auto":
+            mistakes.append(f"`{place}.sampled` is for source 'cache'; a live teacher draws nothing")
+        mistakes += [
+            f"`{place}.sampled` gives the right gradient of losses linear in the teacher's probabilities, "
+            f"which `objective.{name}` is not; use `forward_kl`, or `{place}.top_k`"
+            for name in recipe.objective
+            if MENU[name].family == "token" and MENU[name].needs_teacher and name != "forward_kl"
+        ]
+    return mistakes
+
+
+def _check_evaluation_sampling(recipe: Recipe) -> list[str]:
+    """Ways to answer where no task asks for answers."""
+    options = recipe.evaluate
+    given = [
+        name
+        for name, unset in (("temperature", 0.0), ("samples", 1), ("tune", []))
+        if getattr(options, name) != unset
+    ]
+    if not given or set(options.tasks) - {"fidelity", "speed"}:
+        return []
+    tasks = ", ".join(options.tasks)
+    return [
+        f"`evaluate.{given[0]}` is for tasks that score answers, such as code; `evaluate.tasks` [{tasks}] "
+        "have none"
+    ]
+
+
+def _check_curriculum(recipe: Recipe) -> list[str]:
+    """Weights of sources that say nothing, and difficulties that cannot be measured."""
+    named, data = learned_from(recipe.data), recipe.data
+    others = {"data.valid": data.valid, "data.test": data.test, "generate.examples": recipe.generate.examples}
+    weights = {key: source.weight for key, source in named.items() if source.weight is not None}
+    mistakes = [
+        f"`{key}.weight` is a share of the rows to learn from, and these are none of them; drop it"
+        for key, source in others.items()
+        if source is not None and source.weight is not None
+    ]
+    if weights and len(named) == 1:
+        [key] = named
+        mistakes.append(f"`data.{key}.weight` is a share among sources, and there is one; drop it")
+    elif len(weights) < len(named) and sum(weights.values()) >= 1:
+        left = next(key for key in named if key not in weights)
+        mistakes.append(
+            f"`data`: the weights add up to {sum(weights.values()):g} and leave no rows for `data.{left}`, "
+            "which has none; lower them, or give it one too"
+        )
+    options = recipe.train.curriculum
+    if recipe.all_own and (weights or options is not None):
+        what = "train.curriculum" if options else f"data.{next(iter(weights))}.weight"
+        mistakes.append(
+            f"`{what}` chooses among rows of the data, and the student learns from its own alone; lower "
+            "`generate.on_policy.share`, or drop it"
+        )
+    if options is None:
+        return mistakes
+    by, known = f"`train.curriculum.by` {options.by}", type(options)(by=options.by)
+    if options.by == "teacher_nll" and recipe.teacher is None:
+        mistakes.append(f"{by} is measured under the teacher; name a `teacher`, or order by length")
+    of_student = options.by == "student_loss" or (
+        options.by == "teacher_nll" and "teacher" in recipe.self_taught
+    )
+    if of_student and recipe.student.shape is not None:
+        mistakes.append(f"{by} is measured before training, when a new `student.shape` knows nothing yet")
+    if options.by == "pass_rate" and not (
+        data.prompts and recipe.generate.samples > 1 and recipe.generate.filters.verified
+    ):
+        mistakes.append(
+            f"{by} is a share of right answers to `data.prompts`; it needs `generate.samples` of 2 or more "
+            "and `generate.filters.verified`"
+        )
+    mistakes += [
+        f"`train.curriculum.{key}` is for pace competence; {options.pace} has none"
+        for key in ("start", "until")
+        if options.pace != "competence" and getattr(options, key) != getattr(known, key)
+    ]
+    return mistakes
+
+
+def _check_reasoning(recipe: Recipe) -> list[str]:
+    """Ways to learn from worked steps that a teacher's targets, or the student's own rows, do not go with."""
+    options = recipe.data.reasoning
+    if options is None or options.learn == "both":
+        return []
+    place = f"`data.reasoning.learn` {options.learn}"
+    if recipe.all_own:
+        return [
+            f"{place} takes apart rows of the data, and the student learns from its own alone; lower "
+            "`generate.on_policy.share`, or learn both"
+        ]
+    if options.learn != "two_tasks":
+        return []
+    return [
+        f"{place} asks for the steps in a way that the student alone learns, so `objective.{name}` has no "
+        "targets there; use `cross_entropy` alone, or learn both"
+        for name in recipe.objective
+        if MENU[name].needs_teacher
+    ]
+
+
+def _check_generation(recipe: Recipe) -> list[str]:
+    """Options for what somebody writes before training, where nobody does."""
+    if recipe.data.prompts is not None and not recipe.all_own:
+        return []
+    known, given = Generate(), recipe.generate
+    keys = ["samples", "keep", "temperature", "system", "examples", "thinking"]
+    keys += ["filters"] if recipe.data.prompts is not None else []  # `_check_filters` says it better
+    nobody = "and with `generate.on_policy.share` 1 nobody does"
+    why = nobody if recipe.all_own else "which are missing"
+    return [
+        f"`generate.{key}` is for who answers `data.prompts`, {why}; leave it out"
+        for key in keys
+        if getattr(given, key) != getattr(known, key)
+    ]
+
+
+def _check_endpoint(recipe: Recipe) -> list[str]:
+    """A server that has nothing to answer, or is told what it cannot heed."""
+    endpoint = recipe.generate.endpoint
+    if endpoint is None:
+        return []
+    mistakes = []
+    if recipe.data.prompts is None:
+        mistakes.append("`generate.endpoint` answers `data.prompts`, which is missing")
+    if not endpoint.chat:
+        mistakes += [
+            f"`generate.{key}` is a part of chats, and `generate.endpoint.chat` is false; leave it out"
+            for key in ("system", "thinking")
+            if getattr(recipe.generate, key) is not None
+        ]
+    return mistakes
+
+
+def _check_self_taught(recipe: Recipe) -> list[str]:
+    """A new student cannot teach: it knows nothing, and may have no tokenizer."""
+    if recipe.student.shape is None:
+        return []
+    mistakes = [
+        f"`{place}.model` student is the student before training, and a new `student.shape` knows nothing "
+        "then; load a `student.model`, or set `ema`"
+        for place in recipe.self_taught
+        if recipe.teachers[place].ema is None
+    ]
+    if "teacher" in recipe.self_taught and recipe.student.tokenizer is None:
+        mistakes.append(
+            "`teacher.model` student: a new `student.shape` has no tokenizer; add `student.tokenizer`"
+        )
+    return mistakes
+
+
+def _check_on_policy(recipe: Recipe) -> list[str]:
+    """What the student's own rows cannot be judged by, and options that would act on no row."""
+    own, place = recipe.generate.on_policy, "`generate.on_policy`"
+    if own is None:
+        return []
+    if recipe.teacher is None:
+        return [f"{place}: no one judges what the student writes; name a `teacher`"]
+    mistakes = [
+        f"{place}: the student's own rows are not known before, so `{teacher}.source` "
+        f"{recipe.teachers[teacher].source} cannot hold what is said of them; use live"
+        for teacher in recipe.teachers
+        if recipe.teachers[teacher].source != "live"
+    ]
+    if recipe.across_tokenizers:
+        mistakes.append(
+            f"{place}: `objective.cross_tokenizer` aligns the rows of the data alone; drop one of the two"
+        )
+    elif not any(MENU[name].needs_teacher for name in recipe.objective):
+        mistakes.append(f"{place}: no loss of `objective` asks the teacher about its rows; add `reverse_kl`")
+    if recipe.all_own:
+        mistakes += [
+            f"`objective.{name}` takes labels for right, so it acts on rows of the data alone, and with "
+            f"`generate.on_policy.share` 1 there are none; lower it, or drop the loss"
+            for name in recipe.objective
+            if MENU[name].on_labels
+        ]
+    if own.schedule == "adaptive" and not recipe.train.eval_every:
+        mistakes.append(f"{place}: schedule adaptive follows the validation loss; set `train.eval_every`")
+    return mistakes
+
+
+def _check_policy_gradient(recipe: Recipe) -> list[str]:
+    """The policy gradient is one only on tokens drawn from the very distribution that it differentiates."""
+    if "policy_gradient" not in recipe.objective:
+        return []
+    own, place = recipe.generate.on_policy, "`objective.policy_gradient`"
+    if own is None:
+        return [f"{place} judges tokens that the student wrote; set `generate.on_policy` {{share: 1.0}}"]
+    wanted = {"share": 1.0, "buffer": 0, "schedule": "constant"}
+    wanted |= {"temperature": 1.0, "top_k": None, "top_p": 1.0}
+    mistakes = [
+        f"{place} needs tokens drawn from the student as it is; set `generate.on_policy.{name}` to "
+        f"{'null' if value is None else value}, not {getattr(own, name)}"
+        for name, value in wanted.items()
+        if getattr(own, name) != value
+    ]
+    if recipe.student.dropout:
+        mistakes.append(
+            f"{place}: with `student.dropout` another student writes than is differentiated; set it to 0"
+        )
+    mistakes += [
+        f"{place}: the token that was written need not be among `{teacher}.top_k`; leave it out"
+        for teacher, options in recipe.teachers.items()
+        if options.top_k is not None
+    ]
+    return mistakes
+
+
+def _check_filters(recipe: Recipe) -> list[str]:
+    """Filters that have nothing to look at, or that let nothing, or everything, through."""
+    filters, most, place = recipe.generate.filters, recipe.generate.max_tokens, "generate.filters"
+    if recipe.data.prompts is None and filters != Filters():
+        return [f"`{place}` look at answers to `data.prompts`, which is missing"]
+    mistakes = []
+    if filters.min_tokens is not None and filters.min_tokens > min(most, filters.max_tokens or most):
+        least = "generate.max_tokens" if filters.min_tokens > most else f"{place}.max_tokens"
+        mistakes.append(f"`{place}.min_tokens` {filters.min_tokens} is more than `{least}`: no answer passes")
+    if filters.perplexity is not None and filters.perplexity < 1:
+        mistakes.append(f"`{place}.perplexity` {filters.perplexity:g}: none is less than 1")
+    if filters.duplicates is not None and filters.duplicates < 0.3:
+        mistakes.append(
+            f"`{place}.duplicates` {filters.duplicates:g}: from 0.3 to 1; 0.8 finds copies with small changes"
+        )
+    return mistakes
 
 
 def _check_options(loss: str, options: dict[str, Any]) -> list[str]:
@@ -422,12 +498,20 @@ def determining(recipe: Recipe) -> dict[str, Any]:
     between runs of one fingerprint.
     """
     tree = recipe.model_dump(mode="json", exclude={"name", "quantize", "evaluate", "export"})
+    own = recipe.generate.on_policy
+    adaptive = own is not None and own.schedule == "adaptive"
+    heeded = {("data", "valid"), ("train", "eval_every")} if adaptive else set()
     for section, keys in {
         "data": ("valid", "test"),
         "train": ("log_every", "eval_every", "save_every"),
     }.items():
         for key in keys:
-            del tree[section][key]
+            if (section, key) not in heeded:
+                del tree[section][key]
+    for teacher in [tree["teacher"], *tree["teacher"]["others"]] if tree["teacher"] else []:
+        del teacher["cache"]  # where targets are stored
+    if tree["generate"]["endpoint"] is not None:  # where the model answers, and how it is asked
+        tree["generate"]["endpoint"] = {key: tree["generate"]["endpoint"][key] for key in ("model", "chat")}
     return tree
 
 

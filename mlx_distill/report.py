@@ -156,7 +156,8 @@ def _figures(
                 found.append(
                     {"title": title, "svg": figures.curves(key, lines), "lines": lines, "note": note}
                 )
-        for metric in (x for x in m.QUALITY if x.name in ("pass@1", "rougeL", "top1_agreement", "kl", "nll")):
+        shown = ("pass@1", "exact_match", "rougeL", "top1_agreement", "kl", "nll")
+        for metric in (x for x in m.QUALITY if x.name in shown):
             points = _sizes(figures.Point, metric, models, colors)
             if len(points) > 1:
                 title = f"Size against {metric.name}"
@@ -194,7 +195,8 @@ def _lineage(generated: list[dict[str, Any]]) -> dict[str, Any] | None:
     if not generated:
         return None
     kept = sum(1 for row in generated if row.get("kept"))
-    dropped = Counter(str(row.get("reason") or "no reason given") for row in generated if not row.get("kept"))
+    reasons = [str(row.get("reason") or "no reason given") for row in generated if not row.get("kept")]
+    dropped = Counter(reason.partition(":")[0] for reason in reasons)  # the filter, without what it measured
     return {"written": len(generated), "kept": kept, "dropped": dropped.most_common()}
 
 

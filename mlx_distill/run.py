@@ -1,7 +1,7 @@
 """The run folder: what a run leaves behind, and what it shows while it works."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from mlx_distill import checkpoint
 from mlx_distill.console import Console, step_line
 from mlx_distill.files import write_json, write_text
 from mlx_distill.interrupt import Interrupts
+from mlx_distill.losses.menu import MENU
 from mlx_distill.recipe import Recipe
+from mlx_distill.self_teacher import Average
 
 
 class Run:
@@ -75,18 +77,62 @@ class Counters:
     seconds: float = 0.0  # spent in the loop, over all resumptions
     window_tokens: int = 0  # counted labels since the last line of metrics
     window_seconds: float = 0.0
-    window_losses: dict[str, float] = field(default_factory=dict)  # sums in nats over the same labels
+    window_weight: float = 0.0  # of these labels; their number where no row has a weight of its own
+    window_losses: dict[str, float] = field(default_factory=dict)  # weighted sums in nats over these labels
+    window_labels: float = 0.0  # weight of the labels that losses on labels count
+    window_own: dict[str, int] = field(default_factory=dict)  # what an on-policy student wrote
+    own: dict[str, Any] = field(default_factory=dict)  # state of `OwnRows`, when a checkpoint was made
 
-    def add(self, step: int, losses: dict[str, mx.array], tokens: int, seconds: float) -> None:
+    def add(
+        self,
+        step: int,
+        losses: dict[str, mx.array],
+        weight: float,
+        tokens: int,
+        seconds: float,
+        labels: float | None = None,
+    ) -> None:
+        """Add up a step.
+
+        Args:
+            seconds: since the first step.
+            labels: weight of the labels in rows of the data; None: all of `weight`.
+        """
         self.window_seconds += seconds - self.seconds
         self.step, self.seconds = step, seconds
         self.tokens += tokens
         self.window_tokens += tokens
+        self.window_weight += weight
+        self.window_labels += weight if labels is None else labels
         for name, nats in losses.items():
             self.window_losses[name] = self.window_losses.get(name, 0.0) + float(nats)
 
+    def add_own(self, counts: Mapping[str, int]) -> None:
+        for name, count in counts.items():
+            self.window_own[name] = self.window_own.get(name, 0) + count
+
+    def means(self, recipe: Recipe) -> tuple[float, dict[str, float]]:
+        """The objective and each of its losses, in nats a label that it counts; none without such a label."""
+        weights = {
+            name: self.window_labels if MENU[name].on_labels else self.window_weight
+            for name in self.window_losses
+        }
+        losses = {name: nats / weights[name] for name, nats in self.window_losses.items() if weights[name]}
+        whole = sum(recipe.objective[name].weight * nats for name, nats in self.window_losses.items())
+        return whole / (self.window_weight or 1.0), losses
+
+    def own_means(self) -> dict[str, float]:
+        """Share of the micro-batches that the student wrote; length and unfinished share of new answers."""
+        counts = self.window_own
+        means = {"own_share": counts.get("own", 0) / counts["micro_batches"]} if counts else {}
+        if counts.get("answers"):
+            means["own_length"] = counts["tokens"] / counts["answers"]
+            means["own_unfinished"] = counts["unfinished"] / counts["answers"]
+        return means
+
     def close_window(self) -> None:
-        self.window_tokens, self.window_seconds, self.window_losses = 0, 0.0, {}
+        self.window_tokens, self.window_seconds, self.window_weight, self.window_losses = 0, 0.0, 0.0, {}
+        self.window_labels, self.window_own = 0.0, {}
 
 
 class StageLog:
@@ -106,9 +152,8 @@ class StageLog:
 
     def metrics(self, counters: Counters, recipe: Recipe, gradient_norm: float, learning_rate: float) -> None:
         """Log the means since the last line, in nats a counted label, and close the window."""
-        tokens = max(1, counters.window_tokens)
-        losses = {name: nats / tokens for name, nats in counters.window_losses.items()}
-        loss = sum(recipe.objective[name].weight * value for name, value in losses.items())
+        loss, losses = counters.means(recipe)
+        own = counters.own_means()
         speed = counters.window_tokens / max(1e-9, counters.window_seconds)
         counters.close_window()
         self._write(
@@ -121,10 +166,11 @@ class StageLog:
                 "tokens_per_second": speed,
                 "tokens": counters.tokens,
                 "seconds": counters.seconds,
+                **own,
             },
         )
         left = counters.seconds / counters.step * (recipe.train.steps - counters.step)
-        shown = {**losses, "tok/s": speed}
+        shown = {**losses, **own, "tok/s": speed}
         if mx.default_device() == mx.gpu:  # on the CPU MLX's counter counts buffers never touched
             shown["peak"] = mx.get_peak_memory() / 2**30
         self.run.console.step(f"{self.stage:9} {step_line(counters.step, recipe.train.steps, shown, left)}")
@@ -134,15 +180,20 @@ class StageLog:
         shown = "  ".join(f"valid_{name} {values[name]:.3f}" for name in ("nll", "kl") if name in values)
         self.run.console.say(f"{self.stage:9} step {step:5d}  {shown}")
 
-    def save(self, student: nn.Module, optimizer: Any, counters: Counters) -> None:
+    def say(self, line: str) -> None:
+        self.run.console.say(f"{self.stage}: {line}")
+
+    def save(self, student: nn.Module, optimizer: Any, counters: Counters, *averages: Average) -> None:
         folder = self._checkpoints / f"{self._prefix}step-{counters.step:06d}"
-        checkpoint.save(folder, student, optimizer, asdict(counters))
+        checkpoint.save(folder, student, optimizer, asdict(counters), *averages)
         checkpoint.keep_newest(self._checkpoints, self._prefix)
 
-    def restore(self, student: nn.Module, optimizer: Any) -> Counters:
+    def restore(self, student: nn.Module, optimizer: Any, *averages: Average) -> Counters:
         """Counters of the newest checkpoint, after putting its weights in place; new ones without."""
         found = checkpoint.newest(self._checkpoints, self._prefix)
-        counters = Counters() if found is None else Counters(**checkpoint.load(found, student, optimizer))
+        counters = Counters()
+        if found is not None:
+            counters = Counters(**checkpoint.load(found, student, optimizer, *averages))
         self._drop_after(counters.step)
         if found is not None:
             self.run.console.say(f"{self.stage}: going on from step {counters.step}")

@@ -101,7 +101,10 @@ def open_run(
 def _refuse_own_inputs(folder: Path, options: Recipe) -> None:
     """Refuse to remove a folder that the recipe itself reads from."""
     data = [getattr(options.data, key) for key in ("train", "prompts", "valid", "test")]
-    read = [options.student.model, *(teacher.model for teacher in options.teachers.values())]
+    data.append(options.generate.examples)
+    data += options.data.replay
+    read = [options.student.model]
+    read += [name for teacher in options.teachers.values() for name in (teacher.model, teacher.cache)]
     for name in [*read, *(source.source for source in data if source)]:
         if name and Path(name).resolve().is_relative_to(folder.resolve()):
             raise RunFolderError(f"{folder} holds {name}, which the recipe reads; choose another name=...")

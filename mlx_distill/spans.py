@@ -21,7 +21,7 @@ from mlx_distill.losses.cross_tokenizer import (
 from mlx_distill.losses.menu import option
 from mlx_distill.models import Loaded
 from mlx_distill.models.head import Head
-from mlx_distill.recipe import Term
+from mlx_distill.options import Term
 
 
 class Aligned(NamedTuple):

@@ -10,7 +10,7 @@ from mlx_distill import models
 from mlx_distill.errors import ModelError
 from mlx_distill.keys import seed_global
 from mlx_distill.models import Loaded
-from mlx_distill.recipe import Student
+from mlx_distill.options import Student
 
 
 def make_student(options: Student, tokenizer: Any | None, seed: int) -> Loaded:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mlx_distill.errors import DataError
-from mlx_distill.recipe import NewTokenizer
+from mlx_distill.options import NewTokenizer
 
 UNKNOWN, END = "<unk>", "</s>"
 

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_distill.metrics import COST, QUALITY, Metric, Models
+from mlx_distill.metrics import COST, QUALITY, Metric, Models, label
 
 _METRICS = {metric.name: metric for metric in (*QUALITY, *COST)}
-_SCORES = ("pass@1", "rougeL")
+_SCORES = ("pass@1", "exact_match", "rougeL")
 
 
 def verdict(models: Models) -> list[str]:
@@ -25,6 +25,7 @@ def verdict(models: Models) -> list[str]:
         lines += _score(metric, models)
     lines += _divergence(models)
     lines += _quantized(scores, models)
+    lines += _decoded(models)
     if lines and "teacher" in models and "baseline" not in models:
         lines.append("No baseline was trained, so nothing here shows what the teacher added.")
     if not lines:
@@ -103,6 +104,17 @@ def _quantized(scores: list[Metric], models: Models) -> list[str]:
         if parts:
             lines.append(f"{name} {' and '.join(parts)}.")
     return lines
+
+
+def _decoded(models: Models) -> list[str]:
+    """At which temperatures the answers were drawn, where each model has its own."""
+    tuned = {name: found for name, found in models.items() if found.get("tuned")}
+    if not tuned:
+        return []
+    tried = list(dict.fromkeys(t for found in tuned.values() for t in found["tuned"]))
+    chosen = ", ".join(f"{label(name)} {found['temperature']:g}" for name, found in tuned.items())
+    among = f"{', '.join(tried[:-1])} and {tried[-1]}" if len(tried) > 1 else tried[0]
+    return [f"Each model answers at its own best of the temperatures {among} on validation rows: {chosen}."]
 
 
 def _share_of_parameters(models: Models) -> str:

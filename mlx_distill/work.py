@@ -12,6 +12,7 @@ from mlx_distill.models import Loaded
 from mlx_distill.preflight import Prepared
 from mlx_distill.recipe import Recipe
 from mlx_distill.run import Run
+from mlx_distill.self_teacher import without_adapters
 from mlx_distill.student import make_student
 from mlx_distill.teacher import Layers, LiveTeacher
 
@@ -31,8 +32,22 @@ class Work:
         """A teacher, by its place in the recipe, loaded when first needed."""
         if place not in self._loaded:
             name = self.recipe.teachers[place].model
-            self._loaded[place] = models.load(name, f"{place}.model")
+            if place in self.recipe.self_taught:
+                plain = self.recipe.student.model_copy(update={"method": "full"})
+                student = make_student(plain, self.prepared.tokenizer, self.recipe.seed)
+                self._loaded[place] = student._replace(tokenizer=self.prepared.tokenizer)
+            else:
+                self._loaded[place] = models.load(name, f"{place}.model")
         return self._loaded[place]
+
+    def lend(self, student: Loaded) -> None:
+        """Let the model under a student's adapters be the teachers that are the student before training.
+
+        It then takes no memory of its own. A student all of whose weights move lends nothing.
+        """
+        if self.recipe.student.method != "full" and self.recipe.self_taught:
+            base = student._replace(model=without_adapters(student.model))
+            self._loaded |= dict.fromkeys(self.recipe.self_taught, base)
 
     def unload(self, place: str) -> None:
         """Free a teacher's memory, once nothing else holds it."""
@@ -66,10 +81,8 @@ class Work:
         Not of `data.test`, which may be another when a run goes on.
         """
         rows = self.prepared.train
-        tokens = rows[0].tokens if rows else self.prepared.prompts[0][1]
-        return [
-            token % self.prepared.vocabulary for token in tokens[:PROBE]
-        ]  # a foreign teacher's may be larger
+        tokens = rows[0].tokens if rows else self.prepared.prompts[0].tokens
+        return tokens[:PROBE]
 
     def new_student(self) -> Loaded:
         """The student before training. A loaded one still has its own tokenizer and chat template."""

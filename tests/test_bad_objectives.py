@@ -13,8 +13,8 @@ from workshop import command, contents
 from mlx_distill import models, preflight
 from mlx_distill.errors import ModelError, RecipeError
 from mlx_distill.models import load_tokenizer
+from mlx_distill.options import Shape
 from mlx_distill.preflight import check_objective
-from mlx_distill.recipe import Shape
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +147,9 @@ WRONG = {
         "`tail` is what `top_k` leaves over",
     ),
     "cache of everything": (of("forward_kl: {}", "teacher.source=cache"), "set `top_k`, such as 64"),
-    "cache of hidden states": (
-        of("forward_kl: {}, hidden_mse: {}", CACHE),
-        "`teacher.source` cache stores no hidden states, attention or text spans, which `objective.hidden_",
+    "cache of attention": (
+        of("forward_kl: {}, attention_transfer: {}", CACHE),
+        "`teacher.source` cache stores no attention or text spans, which `objective.attention_transfer` nee",
     ),
     "cache of spans": (
         of("cross_tokenizer: {}", CACHE, NEW),

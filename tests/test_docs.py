@@ -1,6 +1,6 @@
 """The docs say what the code does: options, commands, links, names, messages.
 
-`python tests/test_docs.py` writes docs/recipe.md anew after a change of recipe.py.
+`python tests/test_docs.py` writes docs/recipe.md anew after a change of options.py.
 """
 
 import ast
@@ -19,21 +19,28 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS, *sorted((ROOT / "recipes").rglob("README.md"))]
 each = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 
-RECIPE = ROOT / "mlx_distill" / "recipe.py"
+OPTIONS = [ROOT / "mlx_distill" / name for name in ("options.py", "recipe.py")]
 NUMBERS = {
     "PositiveInt": "whole number > 0",
     "NonNegativeInt": "whole number >= 0",
     "PositiveFloat": "number > 0",
     "NonNegativeFloat": "number >= 0",
     "float": "number",
+    "Share": "number > 0, <= 1",
+    "Fraction": "number > 0, < 1",
     "str": "text",
     "bool": "true or false",
     "Source": "[source](#source)",
+    "Reasoning": "[reasoning](#datareasoning)",
+    "Filters": "[filters](#generatefilters)",
+    "Endpoint": "[endpoint](#generateendpoint)",
+    "OnPolicy": "[on_policy](#generateon_policy)",
+    "Curriculum": "[curriculum](#traincurriculum)",
     "Shape": "[shape](#studentshape)",
     "NewTokenizer": "[tokenizer](#studenttokenizer)",
 }
 BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-PLACES = {  # where a class of recipe.py stands in a recipe, in the order of a batch
+PLACES = {  # where a class of options.py stands in a recipe, in the order of a batch
     "Recipe": "",
     "Student": "student",
     "Shape": "student.shape",
@@ -41,8 +48,13 @@ PLACES = {  # where a class of recipe.py stands in a recipe, in the order of a b
     "Teacher": "teacher",
     "Data": "data",
     "Source": "source",
+    "Reasoning": "data.reasoning",
     "Generate": "generate",
+    "Filters": "generate.filters",
+    "Endpoint": "generate.endpoint",
+    "OnPolicy": "generate.on_policy",
     "Train": "train",
+    "Curriculum": "train.curriculum",
     "Quantize": "quantize",
     "Evaluate": "evaluate",
     "Export": "export",
@@ -50,7 +62,7 @@ PLACES = {  # where a class of recipe.py stands in a recipe, in the order of a b
 INTRODUCTION = """\
 # Every option of a recipe
 
-Made from `mlx_distill/recipe.py` by `python tests/test_docs.py`; a test compares the two.
+Made from `mlx_distill/options.py` by `python tests/test_docs.py`; a test compares the two.
 
 A recipe is strict YAML. Its top-level keys are the modules that a batch meets, in that order. An unknown,
 missing, doubled or wrongly typed key stops the run before a weight is read, and all mistakes are said at
@@ -69,30 +81,41 @@ left out) and options of its own: [losses.md](losses.md).
 
 
 def options_page() -> str:
-    """docs/recipe.md, from the classes of recipe.py, their docstrings and the comments of their fields."""
-    source = RECIPE.read_text(encoding="utf-8")
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {
-        token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT
-    }
-    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
-    sections = [
-        node.name for node in classes.values() if any(ast.unparse(b) == "Section" for b in node.bases)
-    ]
-    assert set(sections) == {*PLACES, "Term"}, "a section without its place in docs/recipe.md"
+    """docs/recipe.md, from the classes of options.py, their docstrings and the comments of their fields."""
+    classes: dict[str, ast.ClassDef] = {}
+    comments: dict[ast.stmt, str] = {}
+    for path in OPTIONS:
+        source = path.read_text(encoding="utf-8")
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        said = {
+            token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT
+        }
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef) and node.name != "Section":
+                classes[node.name] = node
+                comments |= {field: said.get(field.end_lineno or field.lineno, "") for field in node.body}
+    assert set(classes) == {*PLACES, "Term", "Sampling"}, "a section without its place in docs/recipe.md"
     parts = [INTRODUCTION]
     for name, place in PLACES.items():
         node = classes[name]
         lines = [f"## {place or 'The top level'}\n", ast.get_docstring(node) or "", ""]
         lines += ["| option | type | default | meaning |", "|---|---|---|---|"]
-        for field in node.body:
+        for field in _fields(node, classes):
             if isinstance(field, ast.AnnAssign):
                 assert isinstance(field.target, ast.Name)
-                meaning = comments.get(field.end_lineno or field.lineno, "")
+                meaning = comments[field]
                 type_, default = _type_of(field), _default_of(field)
                 lines.append(f"| `{field.target.id}` | {type_} | {default} | {meaning} |".replace("  ", " "))
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
+
+
+def _fields(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> list[ast.stmt]:
+    """What a class holds, behind what it inherits; a field given anew keeps its first place."""
+    found: dict[str, ast.stmt] = {}
+    for base in [classes[ast.unparse(one)] for one in node.bases if ast.unparse(one) in classes]:
+        found |= {ast.unparse(f.target): f for f in base.body if isinstance(f, ast.AnnAssign)}
+    return list((found | {ast.unparse(getattr(f, "target", f)): f for f in node.body}).values())
 
 
 def _type_of(field: ast.AnnAssign) -> str:
@@ -113,6 +136,8 @@ def _shown(node: ast.expr) -> str:
             return ", ".join(f"`{ast.literal_eval(choice)}`" for choice in elts)
         case ast.Subscript(value=ast.Name("Literal"), slice=ast.Constant(only)):
             return f"`{only}`"
+        case ast.Subscript(value=ast.Name("Annotated"), slice=ast.Tuple([inner, *_])):
+            return _shown(inner)
         case ast.Subscript(value=ast.Name("list"), slice=inner):
             return f"list of {_shown(inner)}"
         case ast.Subscript():
@@ -153,19 +178,19 @@ def commands_in(text: str) -> list[list[str]]:
 
 def test_the_list_of_options_is_up_to_date() -> None:
     assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == options_page(), (
-        "recipe.py has changed; run: python tests/test_docs.py"
+        "options.py has changed; run: python tests/test_docs.py"
     )
 
 
 def test_the_list_of_options_has_all_of_them() -> None:
     """Against the models themselves, so that no field is lost between the source and the page."""
-    from mlx_distill import recipe
+    from mlx_distill import options, recipe
 
     page = options_page()
     for name, place in PLACES.items():
         section = page.split(f"## {place or 'The top level'}\n")[1].split("\n## ")[0]
         listed = re.findall(r"^\| `(\w+)`", section, flags=re.MULTILINE)
-        assert listed == list(getattr(recipe, name).model_fields)
+        assert listed == list((recipe if name == "Recipe" else options).__dict__[name].model_fields)
     rows = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
     assert all(len(row) == 6 for row in rows), "a `|` in a comment would break the table"
 

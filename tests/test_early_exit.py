@@ -11,8 +11,8 @@ from mlx_distill.errors import ModelError
 from mlx_distill.models.early_exit import Passage, Stack, answer_early, final_norm
 from mlx_distill.models.first_layers import first_layers
 from mlx_distill.models.taps import tapped
+from mlx_distill.options import Quantize, Shape
 from mlx_distill.quantize import quantized
-from mlx_distill.recipe import Quantize, Shape
 from mlx_distill.student import add_adapters
 
 LAYERS, VOCABULARY, PROMPT = 4, 60, [5, 9, 3, 7]

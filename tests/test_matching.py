@@ -13,12 +13,13 @@ from tiny import SHAPE, largest_gap, rows_of, tiny_model, tiny_recipe, tiny_toke
 
 from mlx_distill import models
 from mlx_distill.checkpoint import MANIFEST, _digest, _digest_of
-from mlx_distill.data.batch import Batches, counted_places, make_batch
+from mlx_distill.data.batch import Batches, counted_places, make_batch, place_weights
 from mlx_distill.interrupt import Interrupted
 from mlx_distill.losses.features import hidden_mse
 from mlx_distill.matching import HUNG_ON, Compared, Matching, pairs_of, strip, teacher_layers
 from mlx_distill.models.taps import tapped
-from mlx_distill.recipe import Recipe, Shape
+from mlx_distill.options import Shape
+from mlx_distill.recipe import Recipe
 from mlx_distill.student import add_adapters
 from mlx_distill.teacher import Layers, LiveTeacher
 from mlx_distill.train import make_objective, train
@@ -243,7 +244,13 @@ def test_a_teacher_that_is_not_compared_costs_no_share() -> None:
     student, batch = tiny_model(V).model, make_batch(ROWS[:2])
     teacher = teacher_of(recipe)
     objective = make_objective(student, [teacher], recipe, V)
-    _, parts = objective.sums(batch.tokens, counted_places(batch), [teacher.targets(batch)], {})
+    _, parts = objective.sums(
+        batch.tokens,
+        counted_places(batch),
+        place_weights(batch, counted_places(batch)),
+        [teacher.targets(batch)],
+        {},
+    )
     with tapped(student, hidden=[2]) as ours:
         student(batch.tokens)
     with tapped(teacher.model, hidden=[4]) as theirs:

@@ -11,8 +11,8 @@ from tiny import SHAPE, tiny_model, tiny_recipe, tiny_tokenizer
 from mlx_distill import models
 from mlx_distill.errors import Fault, ModelError, RecipeError
 from mlx_distill.evaluate.fresh import check_equal, fresh_look
+from mlx_distill.options import Quantize, Shape
 from mlx_distill.quantize import quantized
-from mlx_distill.recipe import Quantize, Shape
 from mlx_distill.student import add_adapters, widen
 from mlx_distill.teacher import check_same_vocabulary
 

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_map
 from tiny import largest_gap, rows_of, tiny_model, tiny_recipe
 
 from mlx_distill.cache import CachedTeacher, write_cache
-from mlx_distill.data.batch import Batch, counted_places, make_batch
+from mlx_distill.data.batch import Batch, counted_places, make_batch, place_weights
 from mlx_distill.losses import LOSSES, Targets, Top
 from mlx_distill.losses.exits import exit_cross_entropy, exit_kl
 from mlx_distill.losses.features import attention_transfer, hidden_cosine, hidden_mse
@@ -62,8 +62,9 @@ class Lesson:
     def found(self, batch: Batch = BATCH, **changed: Any) -> Result:
         targets = [teacher.targets(batch) for teacher in self.teachers or [NoTeacher()]]
         places = changed.get("places", counted_places(batch))
+        weights = changed.get("weights", place_weights(batch, places))
         run: Any = nn.value_and_grad(self.student, self.objective.sums)
-        (total, self.parts), gradients = run(batch.tokens, places, targets, self.schedule)
+        (total, self.parts), gradients = run(batch.tokens, places, weights, targets, self.schedule)
         return float(total), dict(tree_flatten(gradients))
 
     def expected(self, naive: Callable[[mx.array, Batch], mx.array], batch: Batch = BATCH) -> Result:
@@ -287,7 +288,7 @@ def test_padding_and_prompts_leave_a_mixed_objective_alone() -> None:
     assert same(lesson.found(prompts), expected)
     assert same(lesson.found(make_batch(ROWS[::-1])), expected)
     # Places that fill up, taken for places: the same assertion must not pass.
-    assert not same(lesson.found(places=mx.maximum(counted_places(BATCH), 0)), expected)
+    assert not same(lesson.found(weights=mx.ones((1, counted_places(BATCH).size))), expected)
 
 
 def added(results: list[Result]) -> Result:

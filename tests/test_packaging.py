@@ -34,7 +34,10 @@ HEAVY = {
     "matplotlib",
     "numpy",
     "huggingface_hub",
+    "httpx2",
     "datasets",
+    "datasketch",
+    "py3langid",
 }
 
 
@@ -58,7 +61,7 @@ def declared(lines: list[str]) -> set[str]:
     return {requirement.name for requirement in requirements(lines)}
 
 
-OPTIONAL = declared(EXTRAS["report"]) | declared(EXTRAS["datasets"])
+OPTIONAL = declared(EXTRAS["report"]) | declared(EXTRAS["datasets"]) | declared(EXTRAS["filters"])
 
 
 def test_every_import_of_the_package_is_declared():

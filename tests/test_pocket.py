@@ -361,7 +361,7 @@ def test_every_near_miss_fails_a_test():
 def test_what_cannot_be_had_is_refused():
     with pytest.raises(DataError, match=r"pocket/code/train: .*name a number, such as `rows: 5000`"):
         rows("code", "train", None)
-    with pytest.raises(DataError, match="no task 'translate'; one of code, summary, both"):
+    with pytest.raises(DataError, match="no task 'translate'; one of code, summary, both, trace"):
         rows("translate", "train", 3)
     with pytest.raises(DataError, match="no split 'dev'; one of train, valid, test, composition"):
         rows("code", "dev", 3)

@@ -51,9 +51,9 @@ def test_all_is_there(folder: Path) -> None:
     assert [len(rows) for rows in (found.train, found.prompts, found.valid, found.test)] == [12] * 4
     assert found.vocabulary == 150
     assert found.teachers["teacher"].folder == Path("teacher")
-    (row, tokens), encoded = found.prompts[0], found.train[0]
+    (row, tokens, shown), encoded = found.prompts[0], found.train[0]
     assert found.tokenizer.decode(tokens) == row.prompt
-    assert encoded.tokens[: encoded.start] == tokens  # the student trains on what the teacher is asked
+    assert encoded.tokens[: encoded.start] == tokens == shown  # it trains on what the teacher is asked
     assert encoded.tokens[-1] == found.tokenizer.eos_token_id
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from mlx_distill.errors import NotFound, RecipeError
-from mlx_distill.recipe import Source, decode, dump, fingerprint, load
+from mlx_distill.options import Source
+from mlx_distill.recipe import decode, dump, fingerprint, load
 from mlx_distill.strict_yaml import parse_yaml
 
 TEXT = """
@@ -141,7 +142,8 @@ def test_the_last_override_wins(file: Path) -> None:
             "objective.zzz=",
             "unknown loss `objective.zzz`; known here: adaptive_kl, attention_relations, attention_transfer, "
             "cross_entropy, cross_tokenizer, exit_cross_entropy, exit_kl, forward_kl, hidden_cosine, "
-            "hidden_mse, jensen_shannon, reverse_kl, skewed_forward_kl, skewed_reverse_kl, total_variation",
+            "hidden_mse, jensen_shannon, policy_gradient, reverse_kl, skewed_forward_kl, skewed_reverse_kl, "
+            "total_variation",
         ),
         (
             "objective.forward_kl.temprature=1",
@@ -174,7 +176,7 @@ def test_the_last_override_wins(file: Path) -> None:
         ("quantize.bits=7", "`quantize.bits`: one of 2, 3, 4, 5, 6, 8; got 7"),
         ("quantize.bits='4'", "`quantize.bits`: one of 2, 3, 4, 5, 6, 8; got '4'"),
         ("evaluate.tasks=code", "`evaluate.tasks`: a list; got 'code'"),
-        ("evaluate.tasks=[coode]", "`evaluate.tasks.0`: one of fidelity, code, summary, speed; got 'coode'"),
+        ("evaluate.tasks=[coode]", "`evaluate.tasks.0`: one of fidelity, code, summary, exact, speed"),
         ("data.train=[1]", "`data.train`: a mapping; got [1]"),
         ("data.train={}", "missing key `data.train.source`"),
         ("data.train=null", "`data`: needs `train` (rows with answers), `prompts` (rows without), or both"),

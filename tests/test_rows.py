@@ -105,7 +105,7 @@ def test_at_most_stops_reading_there(tmp_path: Path) -> None:
         ('{"prompt": "a", "tests": 3}', "`tests` is a string or a list of strings; got 3"),
         ('{"prompt": "a", "tests": [""]}', "`tests` holds an empty string"),
         ('{"prompt": "a", "references": [null]}', "`references` is a string or a list of strings"),
-        ('{"prompt": "a", "task": "poem"}', '`task` is one of code, summary; got "poem"'),
+        ('{"prompt": "a", "task": "poem"}', '`task` is one of code, summary, exact; got "poem"'),
         ('{"text": "a", "score": NaN}', "NaN is no JSON value"),
         ('{"text": "a", "score": -Infinity}', "-Infinity is no JSON value"),
         ('{"text": "a", "text": "b"}', "the key `text` stands twice"),

@@ -12,7 +12,7 @@ from mlx_distill import hub
 from mlx_distill.data.rows import Row
 from mlx_distill.data.sources import digest, expand, read
 from mlx_distill.errors import DataError, MissingExtra, NotFound
-from mlx_distill.recipe import Data, Source
+from mlx_distill.options import Data, Source
 
 
 def write(path: Path, *texts: str) -> Path:

@@ -16,13 +16,14 @@ from workshop import command
 
 from mlx_distill import models
 from mlx_distill.data import pocket
-from mlx_distill.data.batch import Batch, Encoded, counted_places, make_batch
+from mlx_distill.data.batch import Batch, Encoded, counted_places, make_batch, place_weights
 from mlx_distill.data.rows import Row
 from mlx_distill.data.template import encode
 from mlx_distill.losses.cross_tokenizer import Spans, cross_tokenizer
 from mlx_distill.objective import Objective
 from mlx_distill.optimizer import make_optimizer
-from mlx_distill.recipe import NewTokenizer, Recipe, Shape
+from mlx_distill.options import NewTokenizer, Shape
+from mlx_distill.recipe import Recipe
 from mlx_distill.spans import ForeignTeacher
 from mlx_distill.teacher import LiveTeacher
 from mlx_distill.tokenizer import train_tokenizer
@@ -73,7 +74,9 @@ class Lesson:
     def found(self, batch: Batch) -> tuple[float, dict[str, mx.array]]:
         targets = [teacher.targets(batch) for teacher in self.teachers]
         run: Any = nn.value_and_grad(self.ours.model, self.objective.sums)
-        (total, self.parts), gradients = run(batch.tokens, counted_places(batch), targets, {})
+        (total, self.parts), gradients = run(
+            batch.tokens, counted_places(batch), place_weights(batch, counted_places(batch)), targets, {}
+        )
         return float(total), dict(tree_flatten(gradients))
 
     def definition(self, batch: Batch, **options: Any) -> mx.array:
@@ -174,7 +177,9 @@ def test_the_teacher_gets_no_gradient() -> None:
         if not stopped:
             return lesson.theirs.model(batch.tokens % lesson.theirs.size).sum()
         targets = [lesson.foreign.targets(batch)]
-        return lesson.objective.sums(batch.tokens, counted_places(batch), targets, {})[0]
+        return lesson.objective.sums(
+            batch.tokens, counted_places(batch), place_weights(batch, counted_places(batch)), targets, {}
+        )[0]
 
     run: Any = nn.value_and_grad(lesson.theirs.model, taught)
     gradients: Any = tree_flatten(run(True)[1])

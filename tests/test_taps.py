@@ -14,7 +14,7 @@ from tiny_configs import tiny_of
 from mlx_distill.errors import ModelError
 from mlx_distill.models.head import Head
 from mlx_distill.models.taps import Attention, Taps, attention_probabilities, attention_scores, tapped
-from mlx_distill.recipe import Student
+from mlx_distill.options import Student
 from mlx_distill.student import add_adapters, checkpoint_layers
 
 TOKENS = mx.array([[1, 2, 3, 4, 5], [7, 3, 9, 1, 2]])

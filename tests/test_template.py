@@ -42,7 +42,7 @@ def characters(template: str | None = None, bos: bool = True, **options: Any) ->
 
 def split(row: Row, tokenizer: Any, **options: Any) -> tuple[str, str]:
     """What is not counted, and what is, as text."""
-    tokens, start = encode(row, tokenizer, **options)
+    tokens, start, _ = encode(row, tokenizer, **options)
     return tokenizer.decode(tokens[:start]), tokenizer.decode(tokens[start:])
 
 
@@ -50,11 +50,11 @@ def test_a_case_by_hand() -> None:
     """`<s>`, then a, b; counted are c and the end of the turn. Ids are places in the alphabet."""
     tokenizer = characters()
     a, b, c = (tokenizer.encode(letter)[-1] for letter in "abc")
-    assert encode(Row(prompt="ab", completion="c"), tokenizer) == ([0, a, b, c, 1], 3)
-    assert encode(Row(prompt="ab", completion="c"), tokenizer, count="all") == ([0, a, b, c, 1], 1)
-    assert encode(Row(text="ab"), tokenizer) == ([0, a, b, 1], 1)
+    assert encode(Row(prompt="ab", completion="c"), tokenizer) == ([0, a, b, c, 1], 3, 1.0)
+    assert encode(Row(prompt="ab", completion="c"), tokenizer, count="all") == ([0, a, b, c, 1], 1, 1.0)
+    assert encode(Row(text="ab"), tokenizer) == ([0, a, b, 1], 1, 1.0)
     assert encode_prompt(Row(prompt="ab"), tokenizer) == [0, a, b]
-    assert encode(Row(prompt="ab", completion="c"), characters(bos=False)) == ([a, b, c, 1], 2)
+    assert encode(Row(prompt="ab", completion="c"), characters(bos=False)) == ([a, b, c, 1], 2, 1.0)
 
 
 def test_a_chat_by_hand() -> None:
@@ -74,7 +74,7 @@ def test_the_prompt_is_what_the_model_is_given() -> None:
     rows = [Row(prompt="ab", completion="cd"), Row(messages=CHAT), Row(messages=CHAT[:2])]
     for tokenizer in (characters(), characters(CHATML), TokenizerWrapper(characters(CHATML))):
         for row in rows if tokenizer.chat_template else rows[:1]:
-            tokens, start = encode(row, tokenizer)
+            tokens, start, _ = encode(row, tokenizer)
             assert tokens[:start] == encode_prompt(row, tokenizer)
     assert encode_prompt(Row(messages=CHAT[:3]), tokenizer) == encode_prompt(Row(messages=CHAT), tokenizer)
 
@@ -93,7 +93,7 @@ def test_the_end_of_the_turn() -> None:
 
 def test_a_template_that_opens_with_bos_gets_no_second() -> None:
     tokenizer = characters("<s>" + CHATML)
-    tokens, _ = encode(Row(prompt="x", completion="y"), tokenizer)
+    tokens, _, _ = encode(Row(prompt="x", completion="y"), tokenizer)
     assert tokens.count(0) == 1
     assert tokens[0] == 0
     assert encode_prompt(Row(prompt="<s>x"), characters()) == encode_prompt(Row(prompt="x"), characters())
@@ -169,7 +169,7 @@ def test_qwen_token_for_token(qwen: Any) -> None:
             {"role": "assistant", "content": "2"},
         )
     )
-    tokens, start = encode(row, qwen)
+    tokens, start, _ = encode(row, qwen)
     assert " ".join(qwen.convert_ids_to_tokens(tokens)) == (
         "<|im_start|> system Ċ Be Ġbrief . <|im_end|> Ċ "
         "<|im_start|> user Ċ 1 + 1 ? <|im_end|> Ċ "
@@ -181,7 +181,7 @@ def test_qwen_token_for_token(qwen: Any) -> None:
 def test_the_boundary_is_the_one_of_inference(qwen: Any) -> None:
     """An answer that opens with a newline: encoded as one string it merges with the prompt's last token."""
     row = Row(prompt="x", completion="\ny")
-    tokens, start = encode(row, qwen)
+    tokens, start, _ = encode(row, qwen)
     assert tokens[:start] == encode_prompt(row, qwen)
     assert qwen.decode(tokens[start:]) == "\ny<|im_end|>"
 
@@ -211,7 +211,7 @@ def test_wrapper_and_tokenizer_agree(qwen: Any, stories: Any) -> None:
 
 def test_sentencepiece_adds_no_space_to_the_answer(stories: Any) -> None:
     """Its tokenizer opens every string with a space; an answer must not begin with one for that."""
-    tokens, start = encode(Row(prompt="Once upon a time", completion=" there"), stories)
+    tokens, start, _ = encode(Row(prompt="Once upon a time", completion=" there"), stories)
     assert stories.convert_ids_to_tokens(tokens) == ["<s>", "▁Once", "▁upon", "▁a", "▁time", "▁there", "</s>"]
     assert tokens[:-1] == stories.encode("Once upon a time there")
     assert start == 5
@@ -225,9 +225,9 @@ def test_an_answer_decodes_to_itself(qwen: Any, stories: Any) -> None:
     """decode_answer undoes the encoding of a completion: spaces at its start are code's indentation."""
     for tokenizer in (characters(), qwen, stories, TokenizerWrapper(stories)):
         for answer in ("there", " there", "    return x\n", "\n\nx", "a", "x.", " "):
-            tokens, start = encode(Row(prompt="once", completion=answer), tokenizer)
+            tokens, start, _ = encode(Row(prompt="once", completion=answer), tokenizer)
             assert decode_answer(tokens[start:], tokenizer) == answer
             assert decode_answer(tokens[start:-1], tokenizer) == answer
     # The usual mistake: sentencepiece takes the first space for its own.
-    tokens, start = encode(Row(prompt="once", completion="    return x"), stories)
+    tokens, start, _ = encode(Row(prompt="once", completion="    return x"), stories)
     assert stories.decode(tokens[start:], skip_special_tokens=True) == "   return x"

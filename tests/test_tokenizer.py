@@ -5,7 +5,7 @@ from tiny import TEXTS, tiny_tokenizer
 
 from mlx_distill.data import pocket
 from mlx_distill.errors import DataError
-from mlx_distill.recipe import NewTokenizer
+from mlx_distill.options import NewTokenizer
 from mlx_distill.tokenizer import train_tokenizer
 
 

@@ -136,6 +136,9 @@ class SilentLog:
     def save(self, student, optimizer, counters):
         pass
 
+    def say(self, line):
+        pass
+
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_resumed_run_ends_with_the_same_bits(method, tmp_path, monkeypatch):

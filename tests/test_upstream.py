@@ -3,7 +3,9 @@
 A test here that fails after an upgrade is good news or a warning; its docstring says what to change.
 """
 
+import importlib.metadata
 import inspect
+import re
 import sys
 
 import mlx.core as mx
@@ -277,3 +279,101 @@ def test_make_sampler_cuts_the_nucleus_before_it_applies_the_temperature():
     assert seen == {0, 1}
     tempered = mx.softmax(logprobs / 10, axis=-1)
     assert tempered[0, :2].sum().item() < 0.8  # tempered first, the third token would be in the nucleus
+
+
+def test_make_sampler_draws_from_two_tokens_of_the_toy_lock():
+    """The wrong order in numbers: at temperature 1.6 and top-p .8 seven tokens are to be drawn from.
+
+    tests/test_sampling.py has them. Once this fails, `sampling.cut` may become theirs.
+    """
+    from mlx_lm.sample_utils import make_sampler
+
+    tail = 0.75 ** np.arange(12)
+    lock = np.array([0.750, 0.055, 0.050, 0.037, *(tail / tail.sum() * 0.108)])
+    mx.random.seed(0)
+    drawn = make_sampler(temp=1.6, top_p=0.8)(mx.log(mx.array(np.tile(lock, (20_000, 1)), mx.float32)))
+    share = np.bincount(np.array(drawn), minlength=16) / 20_000
+    assert np.flatnonzero(share).tolist() == [0, 1]
+    assert share[0] == pytest.approx(0.837, abs=0.012)
+
+
+def test_batch_generator_asks_a_cache_for_no_more_than_ours_has():
+    """`sampling.Draws` is one more cache of a row; what mlx-lm calls on it stands in its class.
+
+    Where this fails, the caches of mlx-lm have a new method that ours needs too.
+    """
+    from mlx_lm.generate import BatchGenerator
+    from mlx_lm.models.cache import make_prompt_cache
+
+    asked = set()
+
+    class Spy:
+        def __init__(self, cache):
+            self.cache = cache
+
+        def __getattr__(self, name):
+            asked.add(name)
+            return getattr(self.cache, name)
+
+        @staticmethod
+        def merge(rows):
+            asked.add("merge")
+            return Spy(rows[0].cache.merge([row.cache for row in rows]))
+
+        def extend(self, other):
+            asked.add("extend")
+            self.cache.extend(other.cache)
+
+        def __deepcopy__(self, memo):
+            import copy
+
+            return Spy(copy.deepcopy(self.cache, memo))
+
+    model, _ = tiny()
+    generator = BatchGenerator(model, completion_batch_size=4, prefill_batch_size=4)
+    generator.close()
+
+    def insert(prompts):
+        caches = [[Spy(cache) for cache in make_prompt_cache(model)] for _ in prompts]
+        return generator.insert(prompts, caches=caches, max_tokens=[sys.maxsize] * len(prompts))
+
+    first = insert([[1, 2, 3], [4, 5, 6, 7], [8]])
+    for _ in range(3):
+        generator.next_generated()
+    insert([[9, 9]])
+    for _ in range(3):
+        assert len(generator.next_generated()) in (3, 4)
+    generator.remove(first[:2])
+    assert len(generator.next_generated()) == 2
+    read_by_the_model = {"offset", "make_mask", "update_and_fetch", "bits"}
+    assert asked - read_by_the_model == {"merge", "prepare", "finalize", "state", "filter", "extend"}
+
+
+# --- the endpoint: httpx2 and mlx-lm's server ---------------------------------------------------
+
+
+def test_httpx2_comes_with_huggingface_hub():
+    """Why asking a server costs no further dependency. With another client there, take that one here too."""
+    requires = importlib.metadata.requires("huggingface-hub") or []
+    assert any(re.match(r"httpx2\b", line) and "extra" not in line for line in requires)
+
+
+def test_the_server_of_mlx_lm_answers_requests_with_a_seed_one_by_one():
+    """docs/endpoint.md says so; once this fails, take the sentence out."""
+    from mlx_lm.server import ResponseGenerator
+
+    assert "args.seed is None" in inspect.getsource(ResponseGenerator._is_batchable)
+
+
+def test_a_cache_grows_by_the_step_of_its_instance():
+    """`row_cache` sets it: of 256 places most would be empty for short answers, and copied all the same."""
+    from mlx_lm.models.cache import BatchKVCache, KVCache
+
+    model, _ = tiny()
+    layers = [KVCache.merge([KVCache(), KVCache()]) for _ in model.layers]
+    for layer in layers:
+        assert type(layer) is BatchKVCache
+        assert layer.step == 256
+        layer.step = 8
+    model(mx.zeros((2, 5), dtype=mx.int32), cache=layers)
+    assert layers[0].keys.shape[2] == 8

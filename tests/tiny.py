@@ -8,7 +8,8 @@ import numpy as np
 from mlx_distill import models, recipe
 from mlx_distill.data.batch import Encoded
 from mlx_distill.models import Loaded
-from mlx_distill.recipe import NewTokenizer, Recipe, Shape
+from mlx_distill.options import NewTokenizer, Shape
+from mlx_distill.recipe import Recipe
 from mlx_distill.tokenizer import train_tokenizer
 
 SHAPE = {

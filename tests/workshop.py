@@ -12,7 +12,7 @@ from tiny import SHAPE
 
 from mlx_distill import cli, models
 from mlx_distill.data import pocket
-from mlx_distill.recipe import NewTokenizer, Shape
+from mlx_distill.options import NewTokenizer, Shape
 from mlx_distill.tokenizer import train_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -40,7 +40,7 @@ class Packed(NamedTuple):
     our_tokens: np.ndarray  # (S,) int32, that first token
     their_tokens: np.ndarray  # (S,) int32
     single: np.ndarray  # (S,) bool, one token on both sides
-    weight: np.ndarray  # (S,) float32, 1 for a span, 0 for what fills up
+    weight: np.ndarray  # (S,) float32, of the row of each span, 0 for what fills up
     our_rest: np.ndarray  # (R,) int32, the places that predict what follows the first tokens
     our_rest_tokens: np.ndarray  # (R,) int32
     our_rest_span: np.ndarray  # (R,) int32, the span that each belongs to
@@ -127,7 +127,8 @@ def pack(
     """The spans of a batch, ready for gathering in a compiled step.
 
     A span counts once, however many tokens it has: it is one choice, and the sum over spans is in nats of
-    the text, as a sum over tokens is. The objective divides both by the number of counted tokens of ours.
+    the text, as a sum over tokens is. Both are weighed by row; the objective divides both by the weights of
+    our counted tokens.
 
     Args:
         spans: of each row, as `align_rows` gives them.
@@ -145,10 +146,11 @@ def pack(
                 rest += [(base + i, tokens[i], len(firsts)) for i in range(start + 1, end)]
             places = (our_base + span.our_start, their_base + span.their_start)
             labels = (our_tokens[span.our_start], their_tokens[span.their_start])
-            firsts.append((*places, *labels, span.single, 1))
-    *integers, single, weight = _columns(firsts, 6, places_to)
+            firsts.append((*places, *labels, span.single, row))
+    *integers, single, row_of = _columns(firsts, 6, places_to)
+    weights = np.array([*(row.weight for row in ours), 0], dtype=np.float32)  # the last is of row -1
     rest_columns = [column for rest in rests for column in _columns(rest, 3, places_to)]
-    return Packed._make([*integers, single == 1, (weight > 0).astype(np.float32), *rest_columns])
+    return Packed._make([*integers, single == 1, weights[row_of], *rest_columns])
 
 
 def _must_agree(ours: bytes, theirs: bytes) -> None:

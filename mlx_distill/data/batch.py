@@ -21,6 +21,7 @@ class Encoded(NamedTuple):
 
     tokens: list[int]  # prompt and completion together
     start: int  # index of the first counted token, >= 1
+    weight: float = 1.0  # of each of its counted tokens in the loss
 
 
 class Batch(NamedTuple):
@@ -29,6 +30,7 @@ class Batch(NamedTuple):
     tokens: mx.array  # (B, T) int32
     labels: mx.array  # (B, T) int32, labels[:, t] follows tokens[:, t]
     counted: mx.array  # (B, T) bool, True where the label belongs to a completion
+    weights: mx.array  # (B, T) float32, the weight of each counted label; 0 elsewhere
     rows: tuple[int, ...] = ()  # which rows of `Batches` these are, for what is stored row by row
 
 
@@ -39,7 +41,7 @@ def make_batch(rows: Sequence[Encoded], pad_to: int = PAD_TO) -> Batch:
         rows: at least one, each of two tokens or more.
         pad_to: the width is rounded up to a multiple of this.
     """
-    width = _width(max(len(row.tokens) for row in rows), pad_to)
+    width = width_of(max(len(row.tokens) for row in rows), pad_to)
     padded = np.zeros((len(rows), width + 1), dtype=np.int32)
     for place, row in enumerate(rows):
         padded[place, : len(row.tokens)] = row.tokens
@@ -49,7 +51,8 @@ def make_batch(rows: Sequence[Encoded], pad_to: int = PAD_TO) -> Batch:
     counted = (index >= starts) & (index < ends)
     arrays: list[Any] = [padded[:, :-1], padded[:, 1:], counted]
     tokens, labels, counts = (mx.array(array) for array in arrays)
-    return Batch(tokens, labels, counts)
+    weights = counts * mx.array([row.weight for row in rows], dtype=mx.float32)[:, None]
+    return Batch(tokens, labels, counts, weights)
 
 
 def counted_places(batch: Batch) -> mx.array:
@@ -64,6 +67,11 @@ def counted_places(batch: Batch) -> mx.array:
 def at_places(values: mx.array, places: mx.array) -> mx.array:
     """What a (B, T, ...) array holds at the places, as (1, N, ...); a place of -1 holds anything."""
     return values.reshape(-1, *values.shape[2:])[mx.maximum(places, 0)][None]
+
+
+def place_weights(batch: Batch, places: mx.array) -> mx.array:
+    """The weight of each counted place, (1, N) float32; 0 where N was filled up."""
+    return mx.where(places >= 0, at_places(batch.weights[..., None], places)[..., 0], 0)
 
 
 class Batches:
@@ -81,7 +89,7 @@ class Batches:
         if not rows:
             raise ValueError("no rows to make batches of")
         self.rows, self.batch_tokens, self.seed, self.purpose = rows, batch_tokens, seed, purpose
-        sizes = [self.size(width) for width in {_width(len(row.tokens), PAD_TO) for row in rows}]
+        sizes = [self.size(width) for width in {width_of(len(row.tokens)) for row in rows}]
         self.passes = -(-8 * sum(sizes) // len(rows))
         self._epoch = -1
         self._order: list[tuple[int, list[int]]] = []
@@ -100,7 +108,7 @@ class Batches:
         by_width: dict[int, list[int]] = defaultdict(list)
         for _ in range(self.passes):
             for i in random.permutation(len(self.rows)).tolist():
-                by_width[_width(len(self.rows[i].tokens), PAD_TO)].append(i)
+                by_width[width_of(len(self.rows[i].tokens))].append(i)
         batches: list[tuple[int, list[int]]] = []
         left: list[int] = []
         for width in sorted(by_width):
@@ -124,7 +132,7 @@ def in_order(rows: Sequence[Encoded], batch_tokens: int) -> list[list[int]]:
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
     batches: list[list[int]] = []
     for i in order:
-        width = _width(len(rows[i].tokens), PAD_TO)
+        width = width_of(len(rows[i].tokens))
         if batches and (len(batches[-1]) + 1) * width <= batch_tokens:
             batches[-1].append(i)
         else:
@@ -132,6 +140,6 @@ def in_order(rows: Sequence[Encoded], batch_tokens: int) -> list[list[int]]:
     return batches
 
 
-def _width(length: int, pad_to: int) -> int:
+def width_of(length: int, pad_to: int = PAD_TO) -> int:
     """Width of a batch for a row of `length` tokens; the last token is a label only."""
     return pad_to * -(-(length - 1) // pad_to)

@@ -8,8 +8,9 @@ A function is a pipeline of one to three operations of `pocket_operations`, one 
         numbers = [x * 3 for x in numbers]
         return sum(numbers)
 
-The task `code` asks for the body, `summary` for the docstring. The split of a function follows from
-what it does, so no seed and no other order of its steps moves a held-out function into training.
+The task `code` asks for the body, `summary` for the docstring; `trace`, in `pocket_trace`, for what a function
+returns. The split of a function follows from what it does, so no seed and no other order of its steps moves
+a held-out function into training.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from mlx_distill.data.rows import Row
 from mlx_distill.errors import DataError
 
 SPLITS = ("train", "valid", "test", "composition")
-TASKS = ("code", "summary", "both")
+TASKS = ("code", "summary", "both", "trace")
 _HELD_OUT_PAIRS = 4  # of 100 pairs of neighbouring operations: they occur in `composition` alone
 _VALID, _TEST = 4, 4  # of 100 functions
 _MOST_FRUITLESS = 10_000  # candidates in a row without a new function: the split is nearly exhausted
@@ -59,6 +60,10 @@ def rows(task: str, split: str, count: int | None, start: int = 0, seed: int = 0
     """
     if task not in TASKS:
         raise DataError(f"pocket: no task {task!r}; one of {', '.join(TASKS)}")
+    if task == "trace":
+        from mlx_distill.data import pocket_trace  # which is made of what stands here
+
+        return pocket_trace.rows(split, count, start, seed)
     if split not in SPLITS:
         raise DataError(f"pocket: no split {split!r}; one of {', '.join(SPLITS)}")
     if count is None:
@@ -102,7 +107,7 @@ def docstrings(function: Function) -> tuple[str, ...]:
 
 def docstring(function: Function, seed: int) -> str:
     """The one of `docstrings` that the row of the function carries; the seed draws it."""
-    digits = _hash(f"{seed}\n{body(function)}")
+    digits = stable_hash(f"{seed}\n{body(function)}")
     digits, which = divmod(digits, len(_JOINERS[len(function)]))
     phrases = []
     for step in function:
@@ -125,16 +130,17 @@ def split_of(function: Function) -> str:
     names = [step.operation.name for step in function]
     if any(_held_out(first, second) for first, second in pairwise(names)):
         return "composition"
-    place = _hash(repr(results(function))) % 100
+    place = stable_hash(repr(results(function))) % 100
     return "valid" if place < _VALID else "test" if place < _VALID + _TEST else "train"
 
 
 @cache
 def _held_out(first: str, second: str) -> bool:
-    return _hash(f"{first} {second}") % 100 < _HELD_OUT_PAIRS
+    return stable_hash(f"{first} {second}") % 100 < _HELD_OUT_PAIRS
 
 
-def _hash(text: str) -> int:
+def stable_hash(text: str) -> int:
+    """64 bits of a text, the same in every process."""
     # Python's own hash() differs from process to process.
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 

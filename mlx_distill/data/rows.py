@@ -20,7 +20,7 @@ from typing import Any
 from mlx_distill.errors import DataError, NotFound
 
 FORMS = ("messages", "prompt", "text")  # the key that makes a form
-TASKS = ("code", "summary")
+TASKS = ("code", "summary", "exact")
 _KEYS = (*FORMS, "completion", "tools", "tests", "references", "task")
 
 
@@ -34,8 +34,8 @@ class Row:
     tools: tuple[dict[str, Any], ...] | None = None  # what the chat template tells the model it may call
     text: str | None = None
     tests: tuple[str, ...] = ()  # `assert CALL == LITERAL` lines that judge a generated program
-    references: tuple[str, ...] = ()  # acceptable summaries, any one of which is right
-    task: str | None = None  # "code", "summary" or None: which scorer judges the answer
+    references: tuple[str, ...] = ()  # acceptable summaries or answers, any one of which is right
+    task: str | None = None  # "code", "summary", "exact" or None: which scorer judges the answer
     origin: str = ""  # "data/train.jsonl:17" or "pocket/code/train:17", for messages
 
     def question(self) -> str:
@@ -105,6 +105,8 @@ def parse_row(fields: Any, origin: str) -> Row:
     task = fields.get("task") or ("code" if tests else "summary" if references else None)
     if task is not None and task not in TASKS:
         raise DataError(f"{origin}: `task` is one of {', '.join(TASKS)}; got {_shown(task)}")
+    if task == "exact" and not references:
+        raise DataError(f"{origin}: `task` exact compares with `references`; add them")
     return Row(
         prompt=_words(fields, "prompt", origin),
         completion=_words(fields, "completion", origin),

@@ -15,7 +15,7 @@ from typing import Any
 from mlx_distill import hub
 from mlx_distill.data.rows import Row, no_such_path, parse_row, read_jsonl
 from mlx_distill.errors import DataError, MissingExtra
-from mlx_distill.recipe import Data, Source
+from mlx_distill.options import Data, Source
 
 CORPORA = ("pocket", "stdlib")
 SPLITS = {"train": "train", "prompts": "train", "valid": "valid", "test": "test"}  # by key of `data`
@@ -25,6 +25,8 @@ _ALIASES = {"valid": ("valid", "validation", "dev")}  # what folders and dataset
 def read(source: Source, key: str) -> list[Row]:
     """The rows of one key of `data`: "train", "prompts", "valid" or "test", which names the split.
 
+    Any other key, such as "replay.0", reads the split `train`.
+
     Fewer than `source.rows` come back where there are fewer.
 
     Raises:
@@ -33,16 +35,16 @@ def read(source: Source, key: str) -> list[Row]:
             `start` behind the last row.
         MissingExtra: a Hub dataset in a format for which the `datasets` package is needed.
     """
-    split = source.split or SPLITS[key]
+    split = source.split or SPLITS.get(key, "train")
     stop = None if source.rows is None else source.start + source.rows
     if source.source in CORPORA:
         rows = _corpus(source, split)
         if not rows:
-            raise DataError(f"data.{key}: `start` is {source.start}, but {source.source} ends before it")
+            raise DataError(f"{_place(key)}: `start` is {source.start}, but {source.source} ends before it")
         return rows
     if source.task is not None:
         raise DataError(
-            f"data.{key}: `task` chooses within a corpus ({', '.join(CORPORA)}); "
+            f"{_place(key)}: `task` chooses within a corpus ({', '.join(CORPORA)}); "
             f'the rows of {source.source} name theirs with the key "task"'
         )
     path = _local(source.source)
@@ -51,22 +53,32 @@ def read(source: Source, key: str) -> list[Row]:
     elif path is not None:
         rows = _file(path, source, key, stop)
     else:
-        folder = _hub_folder(source.source, f"data.{key}")
+        folder = _hub_folder(source.source, _place(key))
         if folder is not None:
             rows = read_jsonl(_split_file(folder, split, key), stop)
         else:
             rows = _from_datasets(source.source, split, stop)
     if source.start >= len(rows):
-        raise DataError(f"data.{key}: `start` is {source.start}; {source.source} has only {len(rows)} rows")
+        raise DataError(
+            f"{_place(key)}: `start` is {source.start}; {source.source} has only {len(rows)} rows"
+        )
     return rows[source.start :]
 
 
+def _place(key: str) -> str:
+    """The option that names a source, for messages."""
+    return "generate.examples" if key == "examples" else f"data.{key}"
+
+
 def expand(data: Data) -> dict[str, Source | None]:
-    """The four sources of a recipe, `valid` and `test` taken from a `train` that is a folder or a dataset.
+    """The sources of a recipe by key, those of `replay` as "replay.0" and so on.
+
+    `valid` and `test` are taken from a `train` that is a folder or a dataset.
 
     Raises: as `read`, where the folder or dataset itself cannot be had.
     """
-    sources = {key: getattr(data, key) for key in SPLITS}
+    sources: dict[str, Source | None] = {key: getattr(data, key) for key in SPLITS}
+    sources |= {f"replay.{place}": source for place, source in enumerate(data.replay)}
     if data.train is None or data.train.source in CORPORA or (data.valid and data.test):
         return sources
     there = _splits(data.train.source)
@@ -125,9 +137,13 @@ def _local(name: str) -> Path | None:
 
 def _file(path: Path, source: Source, key: str, stop: int | None) -> list[Row]:
     if path.suffix != ".jsonl":
-        raise DataError(f"data.{key}: {path} is no .jsonl file; write one JSON object a line, named *.jsonl")
+        raise DataError(
+            f"{_place(key)}: {path} is no .jsonl file; write one JSON object a line, named *.jsonl"
+        )
     if source.split is not None:
-        raise DataError(f"data.{key}: `split` {source.split!r} needs a folder or dataset; {path} is a file")
+        raise DataError(
+            f"{_place(key)}: `split` {source.split!r} needs a folder or dataset; {path} is a file"
+        )
     return read_jsonl(path, stop)
 
 
@@ -137,7 +153,7 @@ def _split_file(folder: Path, split: str, key: str) -> Path:
             return folder / f"{name}.jsonl"
     there = sorted(_jsonl_names(folder))
     holds = f"its splits: {', '.join(there)}; name one with `split`" if there else "it holds no .jsonl file"
-    raise DataError(f"data.{key}: {folder} has no {split}.jsonl; {holds}")
+    raise DataError(f"{_place(key)}: {folder} has no {split}.jsonl; {holds}")
 
 
 def _jsonl_names(folder: Path) -> set[str]:

@@ -48,8 +48,11 @@ def encode(row: Row, tokenizer: Any, *, count: str = "completion") -> Encoded:
     return Encoded(tokens, 1 if count == "all" else max(1, len(prompt)))
 
 
-def encode_prompt(row: Row, tokenizer: Any) -> list[int]:
+def encode_prompt(row: Row, tokenizer: Any, *, thinking: bool | None = None) -> list[int]:
     """What a model is given in order to answer: all of the row before its last assistant message.
+
+    Args:
+        thinking: `enable_thinking` of the chat template; None: as the template has it.
 
     Raises:
         DataError: plain text, which has no prompt, or a chat that the template cannot write.
@@ -62,7 +65,7 @@ def encode_prompt(row: Row, tokenizer: Any) -> list[int]:
             messages = messages[:-1]
         if not messages:
             raise DataError(f"{row.origin}: the chat opens with an answer; put the question before it")
-        text = _render(messages, row, tokenizer, add_generation_prompt=True)
+        text = _render(messages, row, tokenizer, add_generation_prompt=True, thinking=thinking)
         return tokenizer.encode(text, add_special_tokens=False)  # the template wrote them
     if row.prompt is None:
         raise DataError(f"{row.origin}: `messages` need a chat template, and the tokenizer has none")
@@ -105,13 +108,21 @@ def _chat(row: Row) -> list[dict[str, Any]]:
     return messages
 
 
-def _render(messages: list[dict[str, Any]], row: Row, tokenizer: Any, *, add_generation_prompt: bool) -> str:
+def _render(
+    messages: list[dict[str, Any]],
+    row: Row,
+    tokenizer: Any,
+    *,
+    add_generation_prompt: bool,
+    thinking: bool | None = None,
+) -> str:
     from jinja2 import TemplateError
 
     tools = None if row.tools is None else list(row.tools)
+    more: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
     try:
         return tokenizer.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False
+            messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False, **more
         )
     except (TemplateError, TypeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]

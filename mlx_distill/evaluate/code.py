@@ -11,7 +11,7 @@ from mlx_distill.errors import DataError
 from mlx_distill.evaluate import sandbox
 from mlx_distill.progress import Progress, silent
 
-_FENCED = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+FENCED = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
 def pass_at_1(
@@ -37,14 +37,16 @@ def pass_at_1(
     """
     if not rows:
         raise DataError("pass@1: no rows with tests to score; give the test split some, or drop the task")
-    tests = [[_test_of(row, line) for line in row.tests] for row in rows]
+    tests = [tests_of(row) for row in rows]
     programs = []
     for row, answer, parsed in zip(rows, answers, tests, strict=True):
         if not parsed:
             raise DataError(f"{row.origin}: no `tests` to judge by; add `assert CALL == VALUE` lines")
         programs.append(sandbox.Program(program_of(row, answer), tuple(call for call, _ in parsed)))
-    outcomes = sandbox.run(programs, seconds=seconds, workers=workers, progress=progress)
-    whys = [_why_wrong(outcome, parsed) for outcome, parsed in zip(outcomes, tests, strict=True)]
+    different = list(dict.fromkeys(programs))  # of many samples most are the same
+    ran = sandbox.run(different, seconds=seconds, workers=workers, progress=progress)
+    outcomes = dict(zip(different, ran, strict=True))
+    whys = [_why_wrong(outcomes[one], parsed) for one, parsed in zip(programs, tests, strict=True)]
     scores = [0.0 if why else 1.0 for why in whys]
     share = sum(scores) / len(scores)
     metrics = {
@@ -58,7 +60,7 @@ def pass_at_1(
 
 def program_of(row: Row, answer: str) -> str:
     """The program in an answer: its last fenced Python block, else the prompt and what goes on with it."""
-    blocks = [(language.lower(), code) for language, code in _FENCED.findall(answer)]
+    blocks = [(language.lower(), code) for language, code in FENCED.findall(answer)]
     python = [code for language, code in blocks if language in ("python", "python3", "py")]
     unnamed = [code for language, code in blocks if not language]
     if python or unnamed:
@@ -125,6 +127,15 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple | set):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, int | float | str)
+
+
+def tests_of(row: Row) -> list[tuple[str, Any]]:
+    """The tests of a row, each as `parse_test` has it.
+
+    Raises:
+        DataError: one that is not understood.
+    """
+    return [_test_of(row, line) for line in row.tests]
 
 
 def _test_of(row: Row, line: str) -> tuple[str, Any]:

@@ -1,20 +1,24 @@
 """Everything that a recipe asks to know about one model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Any, NamedTuple
 
 from mlx_distill.data.batch import Encoded
 from mlx_distill.data.rows import Row
 from mlx_distill.data.template import decode_answer, encode_prompt, end_of_turn_ids
 from mlx_distill.evaluate.code import pass_at_1
+from mlx_distill.evaluate.decoding import MOST, mean_stderr, pass_at
+from mlx_distill.evaluate.exact import exact_match
 from mlx_distill.evaluate.fidelity import fidelity
 from mlx_distill.evaluate.fresh import fresh_look
 from mlx_distill.evaluate.summary import rouge
 from mlx_distill.generate import generate
 from mlx_distill.models import Loaded, parameter_count
+from mlx_distill.options import Evaluate, Reasoning
 from mlx_distill.progress import Progress, silent
-from mlx_distill.recipe import Evaluate
+from mlx_distill.reasoning import split
 from mlx_distill.teacher import LiveTeacher
 
 
@@ -29,11 +33,43 @@ class TestSet(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """What one model wrote for one test row."""
+    """One answer of one model to one test row."""
 
     text: str
-    score: float | None  # pass (0 or 1), or ROUGE-L; None where the row has no scorer
+    score: float  # pass or exact match (0 or 1), or ROUGE-L
     why: str | None  # it failed
+
+
+Verdicts = tuple[dict[str, Any], list[tuple[float, str | None]]]  # means, and score and reason of each answer
+
+
+class Scorer(NamedTuple):
+    """How the answers to the rows of one task are scored."""
+
+    metric: str  # the one whose standard error is given, and by which a temperature is chosen
+    number: str  # name of the number of rows
+    score: Callable[[Sequence[Row], Sequence[str], Evaluate, Progress], Verdicts]
+
+
+def _code(rows: Sequence[Row], answers: Sequence[str], options: Evaluate, progress: Progress) -> Verdicts:
+    return pass_at_1(rows, answers, seconds=options.seconds, progress=progress)
+
+
+def _summary(rows: Sequence[Row], answers: Sequence[str], options: Evaluate, progress: Progress) -> Verdicts:
+    means, values = rouge(rows, answers)
+    return means, [(value, None) for value in values]
+
+
+def _exact(rows: Sequence[Row], answers: Sequence[str], options: Evaluate, progress: Progress) -> Verdicts:
+    share, values = exact_match(rows, answers)
+    return {**share}, [(value, None) for value in values]
+
+
+SCORERS = {  # by task of `evaluate.tasks` and of a row
+    "code": Scorer("pass@1", "problems", _code),
+    "summary": Scorer("rougeL", "summaries", _summary),
+    "exact": Scorer("exact_match", "questions", _exact),
+}
 
 
 def measure(
@@ -45,9 +81,12 @@ def measure(
     *,
     teacher: LiveTeacher | None,
     folder: Path | None,
+    valid: Sequence[Row] = (),
+    seed: int = 0,
+    reasoning: Reasoning | None = None,
     timed: bool = True,
     progress: Progress = silent,
-) -> tuple[dict[str, Any], list[Judged]]:
+) -> tuple[dict[str, Any], list[list[Judged]]]:
     """Measure one model, the same way whichever it is.
 
     Args:
@@ -55,13 +94,17 @@ def measure(
         teacher: to compare with; the teacher itself is compared with nothing.
         folder: where the model stands on disk; None where it stands nowhere (a student before
             training), which leaves its size out.
+        valid: rows on which the temperature is chosen, for `options.tune`.
+        seed: of the answers that are drawn.
+        reasoning: the marks around worked steps, which are no part of an answer.
         timed: False for a model of the student's shape, whose speed would be measured twice.
 
     Returns:
-        METRICS of `evaluation.json`, and what the model wrote, a row of the test set each.
+        METRICS of `evaluation.json`, and what the model wrote: for each row of the test set one entry an
+        answer, none where no task scores the row.
     """
     metrics: dict[str, Any] = {}
-    judged = [Judged("", None, None) for _ in test.rows]
+    judged: list[list[Judged]] = [[] for _ in test.rows]
     if "fidelity" in options.tasks:
         metrics |= fidelity(
             loaded.model,
@@ -72,8 +115,14 @@ def measure(
             title=f"{name}: fidelity",
             progress=progress,
         )
-    if {"code", "summary"} & set(options.tasks):
-        scores, judged = judge(name, loaded, test.rows, options, progress)
+    if SCORERS.keys() & set(options.tasks):
+        drawn: dict[str, Any] = {"vocabulary": vocabulary, "seed": seed, "reasoning": reasoning}
+        if options.tune:
+            options, tried = tuned(name, loaded, valid, options, progress, **drawn)
+            metrics |= {"tuned": {f"{t:g}": score for t, score in tried.items()}}
+        if options.tune or options.temperature > 0:
+            metrics |= {"temperature": options.temperature}
+        scores, judged = judge(name, loaded, test.rows, options, progress, **drawn)
         metrics |= scores
     metrics["parameters"] = parameter_count(loaded.model)
     if folder is not None:
@@ -83,39 +132,87 @@ def measure(
     return metrics, judged
 
 
+def tuned(
+    name: str,
+    loaded: Loaded,
+    rows: Sequence[Row],
+    options: Evaluate,
+    progress: Progress = silent,
+    *,
+    vocabulary: int | None = None,
+    seed: int = 0,
+    reasoning: Reasoning | None = None,
+) -> tuple[Evaluate, dict[float, float]]:
+    """The options with the best temperature of `options.tune` for this model, and the mean score at each.
+
+    Args:
+        rows: to choose on, never those of the test. Of two temperatures with one score the lower is taken.
+        vocabulary: tokens beyond it are never written.
+    """
+    tried = {}
+    for temperature in sorted(set(options.tune)):
+        at, title = options.model_copy(update={"temperature": temperature}), f"{name} at {temperature:g}"
+        drawn: dict[str, Any] = {"vocabulary": vocabulary, "seed": seed, "reasoning": reasoning}
+        _, judged = judge(title, loaded, rows, at, progress, **drawn)
+        means = [mean([answer.score for answer in answers]) for answers in judged if answers]
+        tried[temperature] = mean(means)
+    best = max(tried, key=tried.__getitem__)  # the first of equals
+    return options.model_copy(update={"temperature": best}), tried
+
+
 def judge(
-    name: str, loaded: Loaded, rows: Sequence[Row], options: Evaluate, progress: Progress = silent
-) -> tuple[dict[str, Any], list[Judged]]:
-    """Let a model answer every row that a task of the recipe can score, and score the answers."""
-    wanted = [i for i, row in enumerate(rows) if row.task in options.tasks]
+    name: str,
+    loaded: Loaded,
+    rows: Sequence[Row],
+    options: Evaluate,
+    progress: Progress = silent,
+    *,
+    vocabulary: int | None = None,
+    seed: int = 0,
+    reasoning: Reasoning | None = None,
+) -> tuple[dict[str, Any], list[list[Judged]]]:
+    """Let a model answer every row that a task of the recipe can score, and score the answers.
+
+    Args:
+        reasoning: only what stands behind these marks is scored.
+
+    Returns:
+        each score's mean over rows and answers, its standard error over rows, and pass@k; and what
+        `measure` returns of the answers.
+    """
+    drawn = options.samples if options.temperature > 0 else 1  # greedy answers are all the same
+    asked = [i for i, row in enumerate(rows) if row.task in options.tasks for _ in range(drawn)]
     tokenizer = loaded.tokenizer
     answers = generate(
         loaded.model,
-        [encode_prompt(rows[i], tokenizer) for i in wanted],
+        [encode_prompt(rows[i], tokenizer) for i in asked],
         end_of_turn_ids(tokenizer),
         max_tokens=options.max_tokens,
         batch_size=options.batch_size,
+        sampling=options,
+        seed=seed,
+        vocabulary=vocabulary,
         title=f"{name}: answers",
         progress=progress,
     )
-    texts = [decode_answer(answer.tokens, tokenizer) for answer in answers]
-    judged = [Judged("", None, None) for _ in rows]
+    judged: list[list[Judged]] = [[] for _ in rows]
     metrics: dict[str, Any] = {}
-    for task in ("code", "summary"):
-        places = [place for place, i in enumerate(wanted) if rows[i].task == task]
-        if not places:
+    for task, scorer in SCORERS.items():
+        of_task = [(i, answer) for i, answer in zip(asked, answers, strict=True) if rows[i].task == task]
+        if not of_task:
             continue
-        of_task, said = [rows[wanted[place]] for place in places], [texts[place] for place in places]
-        if task == "code":
-            found, verdicts = pass_at_1(of_task, said, seconds=options.seconds, progress=progress)
-        else:
-            found, values = rouge(of_task, said)
-            verdicts = [(value, None) for value in values]
-        metrics |= found
-        for place, (score, why) in zip(places, verdicts, strict=True):
-            if not answers[place].finished and why is None and score < 1:
+        texts = [decode_answer(answer.tokens, tokenizer) for _, answer in of_task]
+        answered = texts if reasoning is None else [split(text, reasoning)[1] for text in texts]
+        found, verdicts = scorer.score([rows[i] for i, _ in of_task], answered, options, progress)
+        for (i, answer), text, (score, why) in zip(of_task, texts, verdicts, strict=True):
+            if not answer.finished and why is None and score < 1:
                 why = f"not finished within {options.max_tokens} tokens"
-            judged[wanted[place]] = Judged(texts[place], score, why)
+            judged[i].append(Judged(text, score, why))
+        scored = dict.fromkeys(i for i, _ in of_task)
+        scores = [[one.score for one in judged[i]] * (options.samples // drawn) for i in scored]
+        metrics |= found | {f"{scorer.metric}_stderr": mean_stderr(scores), scorer.number: len(scores)}
+        if scorer.metric == "pass@1":
+            metrics |= {f"pass@{k}": pass_at(k, scores) for k in MOST if k <= options.samples}
     return metrics, judged
 
 

@@ -12,9 +12,10 @@ from mlx_distill.data.template import decode_answer, encode
 from mlx_distill.errors import Fault
 from mlx_distill.evaluate.exits import early_answers, exits_of
 from mlx_distill.evaluate.fresh import check_equal, fresh_look
-from mlx_distill.evaluate.model import Judged, TestSet, measure
+from mlx_distill.evaluate.model import SCORERS, Judged, TestSet, measure
 from mlx_distill.files import write_json
 from mlx_distill.models import Loaded
+from mlx_distill.options import Evaluate
 from mlx_distill.work import Work
 
 
@@ -27,7 +28,7 @@ def evaluate_models(work: Work) -> dict[str, Any]:
     live = work.comparable_teacher()
     stages = work.run.stages()
     metrics: dict[str, Any] = {}
-    answers: dict[str, list[Judged]] = {}
+    answers: dict[str, list[list[Judged]]] = {}
 
     def add(
         name: str,
@@ -35,15 +36,19 @@ def evaluate_models(work: Work) -> dict[str, Any]:
         folder: Path | None,
         read: TestSet = test,
         vocabulary: int = prepared.vocabulary,
+        how: Evaluate = options,
     ) -> None:
         metrics[name], answers[name] = measure(
             name,
             loaded,
             read,
-            options,
+            how,
             vocabulary,
             teacher=None if name == "teacher" else live,
             folder=folder,
+            valid=prepared.valid_rows,
+            seed=work.recipe.seed,
+            reasoning=work.recipe.data.reasoning,
             timed=name != "baseline",
             progress=work.run.progress,
         )
@@ -60,7 +65,15 @@ def evaluate_models(work: Work) -> dict[str, Any]:
             encoded = [encode(row, first.tokenizer, count=count) for row in prepared.test_rows]
             theirs = _test_set(prepared.test_rows, encoded, first.tokenizer)
         add("teacher", work.teacher(), first.folder, theirs, first.vocabulary)
-    add("student_before", models.fused(work.new_student()), None)
+    before = models.fused(work.new_student())
+    if work.recipe.teacher is not None and work.recipe.teacher.model == "student":
+        # It is the teacher, and would answer the same again.
+        silent = [task for task in options.tasks if task not in SCORERS]
+        add("student_before", before, None, how=options.model_copy(update={"tasks": silent}))
+        metrics["student_before"] = metrics["teacher"] | metrics["student_before"]
+        answers["student_before"] = answers["teacher"]
+    else:
+        add("student_before", before, None)
     saved = ["baseline", "student"] + ([stages["quantize"]["model"]] if work.recipe.quantize else [])
     for name in saved:
         folder = work.run.model(name)
@@ -93,18 +106,21 @@ def _test_set(rows: list[Row], encoded: list[Encoded], tokenizer: Any) -> TestSe
     return TestSet(rows, encoded, sum(len(text.encode()) for text in texts))
 
 
-def _side_by_side(test: TestSet, answers: dict[str, list[Judged]]) -> list[dict[str, Any]]:
-    """What each model wrote for each test row that was scored."""
+def _side_by_side(test: TestSet, answers: dict[str, list[list[Judged]]]) -> list[dict[str, Any]]:
+    """What each model wrote for each test row that was scored: its first answer, and how all scored."""
     rows = []
     for i, row in enumerate(test.rows):
-        said = {name: judged[i] for name, judged in answers.items() if judged[i].score is not None}
+        said = {name: judged[i] for name, judged in answers.items() if judged[i]}
         if said:
             rows.append(
                 {
                     "task": row.task,
                     "prompt": row.question(),
                     "reference": row.answer() or (row.references or ("",))[0],
-                    "answers": {name: judged._asdict() for name, judged in said.items()},
+                    "answers": {
+                        name: {**judged[0]._asdict(), "scores": [one.score for one in judged]}
+                        for name, judged in said.items()
+                    },
                 }
             )
     return rows

@@ -2,6 +2,7 @@
 
 Its name is the recipe key, the metric in the log and the heading in the docs; its keyword-only
 arguments are its options. `p` is the teacher and `q` the student: `forward_kl` is KL(p||q).
+`policy_gradient` stands beside `LOSSES`: its gradient is not that of its value.
 """
 
 from mlx_distill.losses.divergences import (
@@ -15,6 +16,7 @@ from mlx_distill.losses.divergences import (
 )
 from mlx_distill.losses.labels import cross_entropy
 from mlx_distill.losses.outcomes import top_masses, top_of
+from mlx_distill.losses.policy import policy_gradient
 from mlx_distill.losses.targets import Targets, Top
 
 LOSSES = {
@@ -53,6 +55,7 @@ __all__ = [
     "cross_entropy",
     "forward_kl",
     "jensen_shannon",
+    "policy_gradient",
     "reverse_kl",
     "skewed_forward_kl",
     "skewed_reverse_kl",

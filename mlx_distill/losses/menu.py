@@ -38,10 +38,13 @@ class Entry(NamedTuple):
     family: Family
 
     @property
+    def on_labels(self) -> bool:
+        """Whether it takes the labels for right, which on the student's own rows would teach it nothing."""
+        return self.function in (losses.cross_entropy, exit_cross_entropy)
+
+    @property
     def needs_teacher(self) -> bool:
-        if self.family == "token":
-            return self.function.__name__ in losses.NEEDS_TEACHER
-        return self.family != "exit"
+        return self.family != "exit" and not self.on_labels
 
     @property
     def own_options(self) -> dict[str, tuple[Any, Any]]:
@@ -52,6 +55,7 @@ class Entry(NamedTuple):
 
 MENU: dict[str, Entry] = {
     **{name: Entry(function, "token") for name, function in losses.LOSSES.items()},
+    "policy_gradient": Entry(losses.policy_gradient, "token"),
     **{f.__name__: Entry(f, "hidden") for f in (hidden_mse, hidden_cosine)},
     **{f.__name__: Entry(f, "attention") for f in (attention_transfer, attention_relations)},
     **{f.__name__: Entry(f, "exit") for f in (exit_kl, exit_cross_entropy)},

@@ -44,6 +44,11 @@ class Head:
             self.model(tokens)
         return read[-1]
 
+    @property
+    def state(self) -> Any:
+        """The containers that `logits` reads its arrays from, for `mx.compile`; {} if `whole`."""
+        return {} if self._projection is None else self._projection.state
+
     def parameters(self, *, trainable: bool = False) -> Any:
         """The tree of the projection's weights, or of those that move; {} if `whole`."""
         if self._projection is None:

@@ -11,7 +11,7 @@ from mlx.utils import tree_unflatten
 from mlx_distill.errors import ModelError
 from mlx_distill.hub import model_folder
 from mlx_distill.keys import seed_global
-from mlx_distill.recipe import Shape
+from mlx_distill.options import Shape
 
 
 class Loaded(NamedTuple):
