@@ -3,44 +3,35 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from mlx_distill.asked import Asked, check_thinking, shown_to
-from mlx_distill.cache.contents import contents_of, refuse_others
+from mlx_distill.cache.contents import refuse_others
 from mlx_distill.data import sources
 from mlx_distill.data.batch import Encoded
 from mlx_distill.data.rows import Row
-from mlx_distill.data.template import encode, encode_prompt, has_chat_template
-from mlx_distill.data.vocabularies import token_bytes
-from mlx_distill.errors import DataError, ModelError, RecipeError
+from mlx_distill.data.template import encode, encode_prompt
+from mlx_distill.errors import DataError, RecipeError
 from mlx_distill.filters import check_filters, determining
-from mlx_distill.hub import is_name, model_folder
-from mlx_distill.losses.exits import exit_weights
-from mlx_distill.losses.menu import MENU, option
-from mlx_distill.losses.relations import check_relation_heads
-from mlx_distill.matching import pairs_of
+from mlx_distill.hub import is_name
+from mlx_distill.layer_checks import check_objective
 from mlx_distill.memory import Estimate, estimate, with_sources
 from mlx_distill.models import check_architecture, load_tokenizer
-from mlx_distill.models.support import refuse_attention, refuse_exits, refuse_hidden
-from mlx_distill.options import Data, Generate, Source, Term
+from mlx_distill.options import Data, Generate, Source
 from mlx_distill.progress import Progress, silent
 from mlx_distill.reasoning import Task, as_learned, as_measured, check_marks
 from mlx_distill.recipe import Recipe, fingerprint
-from mlx_distill.teacher import check_same_vocabulary
+from mlx_distill.teacher_files import (
+    TeacherFiles,
+    caches_of,
+    check_tokenizer_files,
+    digest_of,
+    model_folders,
+    teachers_of,
+)
 from mlx_distill.tokenizer import train_tokenizer
-
-
-@dataclass
-class TeacherFiles:
-    """A teacher before its weights are read."""
-
-    folder: Path | None  # None: a new student, which stands nowhere
-    tokenizer: Any
-    vocabulary: int  # real size of the tokenizer
-    foreign: bool  # its vocabulary is not the student's
 
 
 @dataclass
@@ -73,7 +64,7 @@ def prepare(recipe: Recipe, progress: Progress = silent) -> Prepared:
     Raises:
         DistillError: what is wrong, in one line.
     """
-    folders = _folders(recipe, lambda name: not is_name(name) or os.path.exists(name))
+    folders = model_folders(recipe, lambda name: not is_name(name) or os.path.exists(name))
     needed = {*recipe.teachers} - {*recipe.self_taught}
     needed |= {"student"} if recipe.student.model is not None else set()
     if needed <= folders.keys():  # before the data is read, which may take seconds
@@ -100,22 +91,23 @@ def prepare(recipe: Recipe, progress: Progress = silent) -> Prepared:
     _check_tuning(recipe, rows["valid"])
     check_filters(recipe, rows)
     check_marks(recipe.data, rows)
-    folders |= _folders(recipe, lambda name: True)  # from the Hub, once all that is here was seen to be right
+    # From the Hub too, once all that is here was seen to be right.
+    folders |= model_folders(recipe, lambda name: True)
     student_folder = folders.get("student")
     if student_folder is not None and not recipe.across_tokenizers:
         for key in recipe.teachers.keys() - {*recipe.self_taught}:
-            _check_tokenizer_files(student_folder, folders[key])
+            check_tokenizer_files(student_folder, folders[key])
     for key, folder in folders.items():
         check_architecture(folder, f"{key}.model")
     check_objective(recipe, folders)
     mine = None if student_folder is None else load_tokenizer(student_folder)
     if recipe.student.tokenizer is not None:
         mine = train_tokenizer((_text_of(row) for row in rows["train"]), recipe.student.tokenizer)
-    teachers, tokenizer = _teachers(recipe, folders, mine)
+    teachers, tokenizer = teachers_of(recipe, folders, mine)
     vocabulary = max(tokenizer.get_vocab().values()) + 1
     memory = estimate(recipe, folders, vocabulary)
     recipe = with_sources(recipe, memory)
-    caches = _caches(recipe, folders, teachers, tokenizer)
+    caches = caches_of(recipe, folders, teachers, tokenizer)
     refuse_others(recipe, caches)
 
     encoded: dict[str, list[Encoded]] = {}
@@ -158,7 +150,7 @@ def prepare(recipe: Recipe, progress: Progress = silent) -> Prepared:
         fingerprint(
             recipe,
             hashlib.sha256(json.dumps(trained_on).encode()).hexdigest(),
-            *(f"{key} {_digest(folder)}" for key, folder in sorted(folders.items())),
+            *(f"{key} {digest_of(folder)}" for key, folder in sorted(folders.items())),
             *determining(recipe, rows),
         ),
         tokenizer,
@@ -228,171 +220,6 @@ def _is_corpus(source: Source) -> bool:
     return source.source in sources.CORPORA
 
 
-def _folders(recipe: Recipe, wanted: Callable[[str], bool]) -> dict[str, Path]:
-    """Folders of the models that the recipe loads, and that are wanted by name; their files are checked."""
-    named = {key: one.model for key, one in recipe.teachers.items() if key not in recipe.self_taught}
-    if recipe.student.model is not None:
-        named["student"] = recipe.student.model
-    found = {key: model_folder(name, f"{key}.model") for key, name in named.items() if wanted(name)}
-    return found | {key: found["student"] for key in recipe.self_taught if "student" in found}
-
-
-def _teachers(
-    recipe: Recipe, folders: dict[str, Path], own: Any | None
-) -> tuple[dict[str, TeacherFiles], Any]:
-    """Each teacher with its tokenizer compared, and the tokenizer that the student trains with.
-
-    Args:
-        own: the tokenizer of a loaded student, or the one trained for a new one; None: the teacher's.
-    """
-    others = [key for key in recipe.teachers if key not in recipe.self_taught]
-    loaded = {key: load_tokenizer(folders[key]) for key in others}
-    tokenizer = own if own is not None else loaded["teacher"]
-    loaded = {key: loaded.get(key, tokenizer) for key in recipe.teachers}
-    teachers = {}
-    for key, theirs in loaded.items():
-        foreign = tokenizer.get_vocab() != theirs.get_vocab()
-        if foreign and not recipe.across_tokenizers:
-            check_same_vocabulary(tokenizer, theirs)
-        if foreign:
-            _check_alignable(tokenizer, "student")
-            _check_alignable(theirs, f"{key}.model")
-        size = max(theirs.get_vocab().values()) + 1
-        teachers[key] = TeacherFiles(folders.get(key), theirs, size, foreign)
-    over_one = [
-        name for name in recipe.objective if MENU[name].needs_teacher and MENU[name].family != "spans"
-    ]
-    if over_one and all(teacher.foreign for teacher in teachers.values()):
-        raise RecipeError(
-            f"`objective.{over_one[0]}` compares over one vocabulary, and no teacher has the student's; "
-            "use `cross_tokenizer` alone"
-        )
-    if recipe.across_tokenizers and not any(teacher.foreign for teacher in teachers.values()):
-        raise RecipeError(
-            "`objective.cross_tokenizer`: teacher and student have one vocabulary; use `forward_kl`, which "
-            "is exact there"
-        )
-    # The teacher answers in its own chat template, so the student learns that one, end of turn included.
-    first = teachers.get("teacher")
-    if first is None or first.foreign:
-        return teachers, tokenizer
-    keep = has_chat_template(tokenizer) and not has_chat_template(first.tokenizer)
-    return teachers, tokenizer if keep else first.tokenizer
-
-
-def _caches(
-    recipe: Recipe, folders: dict[str, Path], teachers: dict[str, TeacherFiles], tokenizer: Any
-) -> dict[str, dict[str, Any]]:
-    """What the cache of each teacher that has one must be made of."""
-    shape = recipe.student.shape
-
-    def depth(folder: Path | None) -> int | None:
-        if folder is not None:
-            return _layers_of(json.loads((folder / "config.json").read_text()))
-        return None if shape is None else shape.num_hidden_layers
-
-    return {
-        place: contents_of(
-            recipe,
-            place,
-            weights=fingerprint(recipe) if files.folder is None else _digest(files.folder),
-            tokenizer=tokenizer,
-            vocabulary=files.vocabulary,
-            layers=(depth(folders.get("student")), depth(files.folder)),
-        )
-        for place, files in teachers.items()
-        if recipe.teachers[place].source == "cache"
-    }
-
-
-def _check_alignable(tokenizer: Any, place: str) -> None:
-    try:
-        token_bytes(tokenizer)
-    except ValueError as error:
-        raise ModelError(f"`objective.cross_tokenizer`: `{place}`: {error}") from None
-
-
-def check_objective(recipe: Recipe, folders: dict[str, Path]) -> None:
-    """Compare the layers that losses name with the models' own, as their config.json tells.
-
-    Raises:
-        RecipeError, ModelError: a layer beyond a model, or a model type that hides what a loss reads.
-    """
-    configs = {key: json.loads((folder / "config.json").read_text()) for key, folder in folders.items()}
-    shape = recipe.student.shape
-    if shape is not None:
-        configs |= {key: shape.model_dump() for key in ("student", *recipe.self_taught)}
-    layers = {key: _layers_of(config) for key, config in configs.items()}
-    for name, term in recipe.objective.items():
-        family, key = MENU[name].family, f"objective.{name}"
-        try:
-            if family == "exit" and layers["student"] is not None:
-                exit_weights(term.options["exits"], layers["student"], 1.0)
-            if family in ("hidden", "attention"):
-                for place in recipe.teachers:
-                    ours, theirs = layers["student"], layers[place]
-                    if ours is not None and theirs is not None:
-                        pairs_of({name: term}, ours, theirs)
-                    if name == "attention_relations" and term.options.get("heads") is not None:
-                        both = (_widths_of(configs[side], term) for side in ("student", place))
-                        check_relation_heads(term.options["heads"], *both)
-        except ValueError as error:
-            raise RecipeError(f"`{key}`: {error}") from None
-        if family == "exit":
-            refuse_exits(configs["student"]["model_type"], key)
-        for config in configs.values():
-            if family == "attention":
-                refuse_attention(config["model_type"], key)
-            elif family == "hidden":
-                refuse_hidden(config["model_type"], key)
-
-
-def _layers_of(config: dict[str, Any]) -> int | None:
-    """How many layers a config.json says there are; None where it says it in a way of its own."""
-    found = config.get("num_hidden_layers", config.get("text_config", {}).get("num_hidden_layers"))
-    return found if isinstance(found, int) else None
-
-
-def _widths_of(config: dict[str, Any], term: Term) -> list[int]:
-    """Widths of the relations of a term, all heads together; none where config.json tells them otherwise."""
-    config = {**config, **config.get("text_config", {})}
-    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
-    if not isinstance(heads, int) or not isinstance(hidden, int):
-        return []
-    if any(key.endswith(("_head_dim", "_lora_rank")) for key in config):  # heads of several sizes
-        return []
-    size = config.get("head_dim") or hidden // heads
-    shared = config.get("num_key_value_heads") or heads
-    relations = option("attention_relations", term.options, "relations")
-    return [(heads if relation == "queries" else shared) * size for relation in relations]
-
-
-def _check_tokenizer_files(student: Path, teacher: Path) -> None:
-    """Compare two tokenizer.json, where both are there: transformers, which loads any, takes a second."""
-    from tokenizers import Tokenizer
-
-    files = [folder / "tokenizer.json" for folder in (student, teacher)]
-    if all(file.is_file() for file in files):
-        try:
-            ours, theirs = (Tokenizer.from_file(str(file)) for file in files)
-        except Exception:  # the loader, which knows more forms, will say what is wrong
-            return
-        check_same_vocabulary(ours, theirs)
-
-
-def _digest(folder: Path) -> str:
-    """SHA-256 of a model's config and of both ends of its weight files: other weights differ everywhere."""
-    whole = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("model*.safetensors")):
-        size = path.stat().st_size
-        whole.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            whole.update(file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            whole.update(file.read())
-    return whole.hexdigest()
-
-
 def _check_evaluation(recipe: Recipe, test: Sequence[Row]) -> None:
     for task in recipe.evaluate.tasks:
         needed = {"code": "`tests`", "summary": "`references`", "exact": '`references` and `task` "exact"'}
@@ -406,8 +233,8 @@ def _check_tuning(recipe: Recipe, valid: Sequence[Row]) -> None:
     if options.tune and not any(row.task in options.tasks for row in valid):
         tasks = ", ".join(options.tasks)
         raise DataError(
-            f"`evaluate.tune`: `evaluate.tasks` [{tasks}] can score none of the {len(valid)} rows of `data.valid`; "
-            f"give it rows with tests or references"
+            f"`evaluate.tune`: `evaluate.tasks` [{tasks}] can score none of the {len(valid)} rows of "
+            "`data.valid`; give it rows with tests or references"
         )
 
 

@@ -10,11 +10,11 @@ from tiny import SHAPE, tiny_recipe
 from tiny_configs import tiny_config
 from workshop import command, contents
 
-from mlx_distill import models, preflight
+from mlx_distill import layer_checks, models
 from mlx_distill.errors import ModelError, RecipeError
+from mlx_distill.layer_checks import check_objective
 from mlx_distill.models import load_tokenizer
 from mlx_distill.options import Shape
-from mlx_distill.preflight import check_objective
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +210,7 @@ def test_only_the_student_has_exits(folder: Path, monkeypatch: pytest.MonkeyPatc
         if model_type == "gemma2":
             raise ModelError(key)
 
-    monkeypatch.setattr(preflight, "refuse_exits", refuse)
+    monkeypatch.setattr(layer_checks, "refuse_exits", refuse)
     checked(folder, {"exit_kl": {"exits": [2]}}, teacher="gemma2", student="deep")
     with pytest.raises(ModelError, match="objective.exit_kl"):
         checked(folder, {"exit_kl": {"exits": [2]}}, teacher="deep", student="gemma2")

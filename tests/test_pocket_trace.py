@@ -22,7 +22,7 @@ from mlx_distill.tokenizer import train_tokenizer
 
 SIZES = {"train": 3000, "valid": 200, "test": 200, "longer": 200}
 HELD_OUT = [name for name in SIZES if name != "train"]
-DIGEST = "81e54982037349897de180322c0a117b6bbd67b1d456815d6e0a513a82f5c680"
+DIGEST = "801a9bbfee897135073fbb14fb5060541aaba108ac1ad42823a407feade8c674"
 MARKS = Reasoning()
 
 
@@ -38,14 +38,14 @@ def items(name, seed=0):
 
 
 def traced(prompt):
-    """Each operation of the program in the prompt and what it gives: found by running the text."""
+    """What the variable holds after each line of the program in the prompt: found by running its text."""
     *program, call = prompt.splitlines()
     lines = [re.sub(r"^    (value = |return )", "", line) for line in program[1:]]
     value = int(re.fullmatch(r"solve\((\d+)\)", call)[1])
     found = []
     for line in lines:
         value = eval(line, {"value": value})
-        found.append((line.removeprefix("value "), value))
+        found.append(value)
     return found
 
 
@@ -56,8 +56,8 @@ def traced(prompt):
 def test_every_step_is_true_and_the_last_is_the_answer(name):
     for row in made(name):
         steps, answer = split(row.completion, MARKS)
-        assert steps.splitlines() == [f"{code} = {value}" for code, value in traced(row.prompt)], row.origin
-        values = [value for _, value in traced(row.prompt)]
+        values = [int(line) for line in steps.splitlines()]
+        assert values == traced(row.prompt), row.origin
         names = {}
         exec(row.prompt.rpartition("solve(")[0], names)  # and the program as a whole
         given = int(row.prompt.rpartition("(")[2].strip(")\n"))
@@ -91,15 +91,15 @@ def test_rows_of_all_ways_to_learn_are_the_same_text():
 
 
 def test_the_last_line_alone_leaves_the_answer_open():
-    """Every operation can have at least six results, and no answer is common."""
+    """Every last line leaves four answers possible or more, and guessing the likeliest gets few right."""
     answers = Counter(row.references[0] for row in made("train"))
-    assert len(answers) == len(NUMBERS) and max(answers.values()) < 0.15 * SIZES["train"]
+    assert len(answers) == len(NUMBERS) and max(answers.values()) < 0.2 * SIZES["train"]
     known = {}
     for row in made("train"):
         known.setdefault(row.prompt.splitlines()[-2], Counter())[row.references[0]] += 1
-    assert min(len(counter) for counter in known.values()) >= 6
+    assert min(len(counter) for counter in known.values()) >= 4
     guessed = sum(max(counter.values()) for counter in known.values())
-    assert guessed < 0.3 * SIZES["train"]
+    assert guessed < 0.4 * SIZES["train"]
 
 
 def test_a_tokenizer_trained_on_it_writes_it_in_few_tokens():

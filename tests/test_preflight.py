@@ -110,7 +110,7 @@ def test_one_vocabulary(folder: Path) -> None:
 def test_vocabularies_are_compared_without_tokenizer_files_too(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "_check_tokenizer_files", lambda student, teacher: None)
+    monkeypatch.setattr(preflight, "check_tokenizer_files", lambda student, teacher: None)
     with pytest.raises(ModelError, match="differs from the teacher's"):
         prepared(student={"shape": None, "model": "stranger"})
 

@@ -339,7 +339,7 @@ def test_only_what_follows_the_marks_is_judged(monkeypatch: pytest.MonkeyPatch) 
         ({"open": " "}, "`open` and `close` are marks that can be seen"),
         ({"open": "--", "close": "---"}, "one mark holds the other: '--' and '---'"),
         ({"open": "#", "close": "#"}, "one mark holds the other: '#' and '#'"),
-        ({"alpha": 0.3}, "`alpha` weighs steps against answers; it needs learn two_tasks, not both"),
+        ({"alpha": 0.3}, "`alpha` weighs steps against answers; it needs `learn` two_tasks"),
         ({"alpha": 1.0, "learn": "two_tasks"}, "`data.reasoning.alpha`: less than 1; got 1.0"),
         ({"learn": "steps"}, "`data.reasoning.learn`: one of both, answer, two_tasks; got 'steps'"),
     ],

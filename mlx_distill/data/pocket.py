@@ -8,7 +8,7 @@ A function is a pipeline of one to three operations of `pocket_operations`, one 
         numbers = [x * 3 for x in numbers]
         return sum(numbers)
 
-The task `code` asks for the body, `summary` for the docstring; `trace`, in `pocket_trace`, for what a function
+The task `code` asks for the body, `summary` for the docstring; `trace` (`pocket_trace`) for what a function
 returns. The split of a function follows from what it does, so no seed and no other order of its steps moves
 a held-out function into training.
 """

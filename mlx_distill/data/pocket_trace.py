@@ -1,21 +1,15 @@
 """The task `trace` of the corpus `pocket`: what does a function return? Worked out step by step.
 
     def solve(value):
-        value = value + 4
-        value = value % 7
-        return value * 2
-    solve(6)
+        value = value + 6
+        value = value % 6
+        return value + 2
+    solve(2)
 
-The completion works it out line by line, then answers (a "scratchpad", Nye et al. 2021, arXiv 2112.00114,
-section 4): each line is an operation and what it gives.
-
-    <think>+ 4 = 10
-    % 7 = 3
-    * 2 = 6
-    </think>6
-
-The operations are those of `pocket` on one number, and no number on the way is below 0 or above 12: a step
-is a fact that a tiny model can learn by heart, so what is left to learn is to do one after the other.
+The completion is `<think>8\\n2\\n4\\n</think>4`: the value after each line, then the answer (a "scratchpad",
+Nye et al. 2021, arXiv 2112.00114, section 4). The operations are those of `pocket` on one number, and every
+number on the way is a digit: a step is a fact that a tiny model can learn by heart, so what is left to learn
+is to do one after the other.
 """
 
 from collections.abc import Iterator
@@ -31,10 +25,10 @@ from mlx_distill.errors import DataError
 
 SPLITS = ("train", "valid", "test", "longer")
 OPEN, CLOSE = "<think>", "</think>"
-NUMBERS = range(13)
+NUMBERS = range(10)
 LENGTHS, LONGER = (3, 4, 5), 6  # operations of a function, and in the split `longer`
 # Results that each operation can have: with fewer the last line alone would give much of the answer away.
-_FEWEST_RESULTS = 6
+_FEWEST_RESULTS = 4
 _VALID, _TEST = 4, 4  # of 100 items
 _MOST_FRUITLESS = 10_000  # candidates in a row without a new item: the split is nearly exhausted
 
@@ -62,10 +56,7 @@ def rows(split: str, count: int | None, start: int = 0, seed: int = 0) -> list[R
 def row_of(item: Item, origin: str = "") -> Row:
     function, given = item
     values = values_of(item)
-    worked = "".join(
-        f"{step.code.removeprefix(VALUE).strip()} = {value}\n"
-        for step, value in zip(function, values[1:], strict=True)
-    )
+    worked = "".join(f"{value}\n" for value in values[1:])
     return Row(
         prompt=f"{signature(function)}{body(function)}solve({given})\n",
         completion=f"{OPEN}{worked}{CLOSE}{values[-1]}",
@@ -113,18 +104,16 @@ def _items(split: str, seed: int) -> Iterator[Item]:
 
 
 def _candidate(draw, lengths: tuple[int, ...]) -> Item:
-    """A function in which no line comes twice, so that each can be found again by what it says."""
-
     def one_of(choices):
         return choices[int(draw() * len(choices))]
 
     given = value = one_of(NUMBERS)
     function: Function = ()
     for _ in range(one_of(lengths)):
-        following = [step for step in _steps()[value] if step not in function]
+        following = _steps()[value]
         name = one_of(sorted({step.operation.name for step in following}))
         step = one_of([step for step in following if step.operation.name == name])
-        function, value = (*function, step), _steps()[value][step]
+        function, value = (*function, step), following[step]
     return function, given
 
 
