@@ -3,11 +3,12 @@
     OPENBLAS_NUM_THREADS=1 python benchmarks/kills_bench.py [--kills 200] [--each 20] [--seed 0]
 
 `mlx-distill cache` of a small recipe (prompts that the embedded teacher answers, then a cache of its
-likeliest tokens) runs in a process of its own. It is killed at a random instant after the first stage has
-begun, one time in five at any instant after its start, and gone on with by `--resume`, until it ends by
-itself or has been killed `--each` times; then the next run begins. Of each run that has ended every file
-below `samples/` and `cache/` is compared, byte for byte, with those of a run that nobody disturbed. Blocks
-of answers and shards are small here, so that the kills fall on many of them: 300 counted labels a shard.
+likeliest tokens) runs in a process of its own. It is killed at a random instant of the half second after it
+has left something new below `samples/` or `cache/`, one time in five at any instant after its start, and gone
+on with by `--resume`, until it ends by itself or has been killed `--each` times; then the next run begins. Of
+each run that has ended every file below `samples/` and `cache/` is compared, byte for byte, with those of a
+run that nobody disturbed. Blocks of answers and shards are small here, so that the kills fall on many of
+them: 8 answers a block, 300 counted labels a shard.
 """
 
 import argparse
@@ -32,15 +33,16 @@ teacher: {model: embedded, source: cache, top_k: 16}
 data:
   train: {source: pocket, rows: 120}
   prompts: {source: pocket, rows: 40, start: 200}
-generate: {max_tokens: 60, batch_size: 2, samples: 2, temperature: 0.9, top_k: 20}
+generate: {max_tokens: 60, batch_size: 4, samples: 2, temperature: 0.9, top_k: 20}
 objective: {forward_kl: }
 train: {steps: 1}
 evaluate: {tasks: []}
 """
 CHILD = """
 import sys
+from mlx_distill import answers
 from mlx_distill.cache import capture
-capture.SHARD = int(sys.argv.pop(1))
+answers.BATCHES, capture.SHARD = 2, int(sys.argv.pop(1))
 from mlx_distill.cli import main
 main()
 """
@@ -66,6 +68,13 @@ def begun(process: "subprocess.Popen[str]") -> None:
             return
 
 
+def moved(process: "subprocess.Popen[str]", run: Path) -> None:
+    """Wait until another file stands below samples/ or cache/, or the end."""
+    before = names(run)
+    while process.poll() is None and names(run) == before:
+        time.sleep(0.01)
+
+
 def disturbed(folder: Path, name: str, kills: int, chance: random.Random, longest: float) -> list[str]:
     """Start, kill and go on until the run ends; during what it was killed each time."""
     instants: list[str] = []
@@ -77,8 +86,8 @@ def disturbed(folder: Path, name: str, kills: int, chance: random.Random, longes
             elif chance.random() < 0.2:
                 process.wait(chance.uniform(0, longest))
             else:
-                begun(process)
-                process.wait(chance.uniform(0, longest / 4))
+                moved(process, folder / "runs" / name)
+                process.wait(chance.uniform(0, 0.5))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -101,14 +110,13 @@ def reached(run: Path) -> str:
     return "writing answers" if (run / "samples").exists() else "starting"
 
 
-def content(run: Path) -> dict[str, bytes]:
+def names(run: Path) -> list[Path]:
     """Every file below samples/ and cache/."""
-    return {
-        str(path.relative_to(run)): path.read_bytes()
-        for part in ("samples", "cache")
-        for path in (run / part).rglob("*")
-        if path.is_file()
-    }
+    return sorted(path for part in ("samples", "cache") for path in (run / part).rglob("*") if path.is_file())
+
+
+def content(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in names(run)}
 
 
 def different(found: dict[str, bytes], expected: dict[str, bytes]) -> list[str]:
