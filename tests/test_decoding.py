@@ -269,7 +269,9 @@ def test_tuning_needs_rows_of_its_own(made: Path, monkeypatch: pytest.MonkeyPatc
     prepared("tests.jsonl")
     with pytest.raises(RecipeError, match=r"`evaluate.tune` chooses .* on `data.valid`, which is missing"):
         prepared(None)
-    with pytest.raises(DataError, match=r"`evaluate.tasks` \[code\] can score none of the 12 rows of `data.valid`"):
+    with pytest.raises(
+        DataError, match=r"`evaluate.tasks` \[code\] can score none of the 12 rows of `data.valid`"
+    ):
         prepared("good.jsonl", teacher="nobody/nothing")  # before a model is fetched
     with pytest.raises(DataError, match="none of the 1 rows of `data.valid`"):
         prepared("long.jsonl")  # the row with tests is longer than `data.max_tokens`
