@@ -3,7 +3,7 @@
     python benchmarks/on_policy_bench.py --seeds 0 1 2
     python benchmarks/on_policy_bench.py --table
 
-The task, a recital: a prompt gives a table of 6 keys with their values, the answer recites it 4 times. In clean
+The task, a recital: a prompt gives a table of 6 keys with values, the answer recites it 4 times. In clean
 rows the value of a key may be read in the table or in any earlier round, it is the same. Behind a mistake
 only the table is right, and whoever reads in earlier rounds repeats the mistake. The teacher has learned it
 from recitals with 3 of 10 values replaced, and reads in the table.

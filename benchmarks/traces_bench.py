@@ -174,7 +174,7 @@ class Bench:
                 both = self.batches("both", seed)
                 self.budget[seed] = sum(counted(both, i) for i in range(steps))
             steps = steps_for(batches, self.budget[seed])
-        changed = self.options.train.model_copy(update={"steps": steps})
+        changed = self.options.train.model_copy(update={"steps": steps, "save_every": 0})
         options = self.options.model_copy(update={"train": changed, "seed": seed, "teacher": None})
         student = make_student(options.student, self.teacher.tokenizer, seed)
         log: Any = Quiet()

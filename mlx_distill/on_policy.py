@@ -21,7 +21,7 @@ WIDTHS = 8  # how many widths own answers are padded to: each is one more trace 
 RISE = 0.1  # nats of validation loss at which the adaptive share rises, and by how much it does (DistiLLM)
 
 
-class Written(NamedTuple):
+class OwnBatch(NamedTuple):
     """A micro-batch of rows that the student wrote."""
 
     batch: Batch
@@ -77,7 +77,7 @@ class OwnRows:
         self.buffer: deque[Encoded] = deque(maxlen=options.buffer)
         self.alarm = LengthAlarm(options.max_tokens)
 
-    def micro_batch(self, index: int, step: int, student: nn.Module) -> Written | None:
+    def micro_batch(self, index: int, step: int, student: nn.Module) -> OwnBatch | None:
         """Micro-batch `index`; None where it holds rows of the data.
 
         Args:
@@ -91,11 +91,11 @@ class OwnRows:
         if draw >= fresh and len(self.buffer) >= size:
             chosen = generator(self.seed, "replay", index).choice(len(self.buffer), size, replace=False)
             rows = [self.buffer[i] for i in chosen.tolist()]
-            return Written(make_batch(rows, self.pad_to), [])
+            return OwnBatch(make_batch(rows, self.pad_to), [])
         rows, answers = self._write(index, student)
         self.buffer.extend(rows)
         self.alarm.add(answers)
-        return Written(make_batch(rows, self.pad_to), answers)
+        return OwnBatch(make_batch(rows, self.pad_to), answers)
 
     def _write(self, index: int, student: nn.Module) -> tuple[list[Encoded], list[Answer]]:
         """As many questions of like length as make a batch, answered; unfinished answers as they are."""

@@ -53,6 +53,11 @@ def _basics(recipe: "Recipe") -> list[str]:
     if recipe.train.warmup >= recipe.train.steps:
         steps = recipe.train.steps
         mistakes.append(f"`train.warmup` {recipe.train.warmup} must be less than `train.steps` {steps}")
+    if recipe.student.dropout and recipe.train.gradient_checkpointing:
+        mistakes.append(
+            f"`train.gradient_checkpointing` would draw another mask of `student.dropout` "
+            f"{recipe.student.dropout:g} when it recomputes a layer, and the gradient would be wrong; drop one"
+        )
     shape, quantize = recipe.student.shape, recipe.quantize
     if shape is not None and quantize is not None:
         widths = (shape.hidden_size, shape.intermediate_size, shape.attention_size)

@@ -51,7 +51,8 @@ def _score(metric: Metric, models: Models) -> list[str]:
     if baseline and metric.measured(baseline) is not None:
         gap = _gap(metric, baseline, student)
         end = ", so here the teacher did not help" if _clearly_better(metric, baseline, student) else ""
-        reached = f"reaches a {metric.name} of {metric.text(baseline)}"
+        article = "an" if metric.name[0] in "aeiou" else "a"
+        reached = f"reaches {article} {metric.name} of {metric.text(baseline)}"
         parts.append(f"trained without the teacher, the same student {reached}, {gap}{end}")
     if before and metric.measured(before) is not None:
         parts.append(f"before training its {metric.name} was {metric.text(before)}")

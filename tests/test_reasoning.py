@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from tiny import largest_gap, rows_of, tiny_model, tiny_recipe
 
 from mlx_distill import models, recipe
+from mlx_distill.answers import _unusable
 from mlx_distill.console import Console
 from mlx_distill.data.batch import Encoded, make_batch
 from mlx_distill.data.rows import Row
@@ -28,6 +29,7 @@ from mlx_distill.teacher import NoTeacher
 from mlx_distill.tokenizer import train_tokenizer
 from mlx_distill.train import make_objective, make_step
 from mlx_distill.work import Work
+from mlx_distill.written import Written
 
 MARKS = Reasoning()
 V = 50
@@ -328,6 +330,25 @@ def test_only_what_follows_the_marks_is_judged(monkeypatch: pytest.MonkeyPatch) 
     assert metrics["exact_match_stderr"] == pytest.approx(0.25)
     # Without the marks only the bare answer is right.
     assert judge("student", loaded, rows, options)[0]["exact_match"] == 0.25
+
+
+def test_answers_that_cannot_be_learned_are_dropped(folder: Path, tmp_path: Path) -> None:
+    prompts = {"prompts": str(folder / "rows.jsonl")}
+
+    def reason(text: str, learn: str, max_tokens: int = 1024) -> str | None:
+        work = work_of(folder, tmp_path, {"learn": learn}, **prompts, max_tokens=max_tokens)
+        tokens = work.prepared.tokenizer.encode(text, add_special_tokens=False)
+        written = Written(0, 0, work.prepared.prompts[0].row, text, tokens, True, end=1)
+        return _unusable(work, written)
+
+    for learn in ("both", "answer", "two_tasks"):
+        assert reason("<think>1 and 1</think>2", learn) is None
+        for text in ("<think>1 and 1", "<think>1 and 1</think>\n"):
+            assert reason(text, learn) == "no answer behind the worked steps"
+    # The length that counts is that of the rows to learn: all of it, or the answer alone.
+    long = f"<think>{'1 and ' * 40}</think>2"
+    assert reason(long, "both", 60) == reason(long, "two_tasks", 60) == "longer than data.max_tokens 60"
+    assert reason(long, "answer", 60) is None
 
 
 # ---- mistakes

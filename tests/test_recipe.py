@@ -204,6 +204,12 @@ def test_one_mistake_is_one_line(file: Path, override: str, message: str) -> Non
     assert found[0].startswith(message)
 
 
+def test_a_layer_that_is_computed_again_would_drop_other_inputs(file: Path) -> None:
+    student = "student={model: x, method: lora, dropout: 0.1}"
+    [found] = mistakes(file, student, "train.gradient_checkpointing=true")
+    assert found.startswith("`train.gradient_checkpointing` would draw another mask of `student.dropout` 0.1")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
