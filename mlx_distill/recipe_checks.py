@@ -55,8 +55,8 @@ def _basics(recipe: "Recipe") -> list[str]:
         mistakes.append(f"`train.warmup` {recipe.train.warmup} must be less than `train.steps` {steps}")
     if recipe.student.dropout and recipe.train.gradient_checkpointing:
         mistakes.append(
-            f"`train.gradient_checkpointing` would draw another mask of `student.dropout` "
-            f"{recipe.student.dropout:g} when it computes a layer again: a wrong gradient; drop one of the two"
+            "`train.gradient_checkpointing` would draw another mask of `student.dropout` "
+            f"{recipe.student.dropout:g} as it computes a layer again, which makes the gradient wrong; drop one"
         )
     shape, quantize = recipe.student.shape, recipe.quantize
     if shape is not None and quantize is not None:
