@@ -56,7 +56,7 @@ def _basics(recipe: "Recipe") -> list[str]:
     if recipe.student.dropout and recipe.train.gradient_checkpointing:
         mistakes.append(
             "`train.gradient_checkpointing` would draw another mask of `student.dropout` "
-            f"{recipe.student.dropout:g} as it computes a layer again, which makes the gradient wrong; drop one"
+            f"{recipe.student.dropout:g} as it computes a layer again: a wrong gradient; drop one of them"
         )
     shape, quantize = recipe.student.shape, recipe.quantize
     if shape is not None and quantize is not None:
