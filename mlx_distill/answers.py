@@ -44,7 +44,6 @@ def generate_answers(work: Work) -> dict[str, Any]:
         nll=nll,
         reasoning=recipe.data.reasoning,
         seconds=recipe.evaluate.seconds,
-        max_tokens=recipe.data.max_tokens,
         progress=work.run.progress,
     )
     unusable = [_unusable(work, one) for one in written]

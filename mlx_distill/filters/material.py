@@ -19,7 +19,6 @@ class Material(NamedTuple):
     nll: Callable[[Sequence[Written]], np.ndarray] | None = None  # mean nats a token under the teacher
     reasoning: Reasoning | None = None  # the marks around worked steps
     seconds: float = 5.0  # that the tests of one answer may take
-    max_tokens: int = 1024  # of a whole row, `data.max_tokens`
     progress: Progress = silent
 
     def split(self, one: Written) -> tuple[str, str]:
