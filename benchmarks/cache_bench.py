@@ -35,7 +35,7 @@ import mlx_distill  # before mlx.core: it puts a fast BLAS in front
 # isort: split
 import mlx.core as mx
 import numpy as np
-from objectives_bench import Quiet
+from quiet import Quiet
 from record import RESULTS, record
 
 from mlx_distill import models, recipe

@@ -30,6 +30,7 @@ import mlx_distill  # before mlx.core: it puts a fast BLAS in front # noqa: F401
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
+from quiet import Quiet
 from record import RESULTS, record
 
 from mlx_distill import models, recipe
@@ -38,11 +39,9 @@ from mlx_distill.data.rows import Row
 from mlx_distill.data.template import encode
 from mlx_distill.evaluate.fidelity import fidelity
 from mlx_distill.evaluate.model import judge
-from mlx_distill.interrupt import Interrupts
 from mlx_distill.lessons import Lessons, make_batches
 from mlx_distill.models import Loaded
 from mlx_distill.recipe import Recipe
-from mlx_distill.run import Counters
 from mlx_distill.score import nll_of_rows
 from mlx_distill.student import make_student
 from mlx_distill.teacher import LiveTeacher
@@ -63,21 +62,6 @@ METRICS = {
     "order": ("pass@1", "kl", "nll"),
     "replay": ("code pass@1", "code kl", "code nll", "summary rougeL", "summary nll"),
 }
-
-
-class Quiet:
-    """A stage log that keeps nothing."""
-
-    stage, interrupts = "student", Interrupts()
-
-    def steps(self, first: int, last: int) -> range:
-        return range(first, last + 1)
-
-    def restore(self, *_: Any) -> Counters:
-        return Counters()
-
-    def metrics(self, counters: Counters, *_: Any) -> None:
-        counters.close_window()
 
 
 class Bench:

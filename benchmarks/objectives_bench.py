@@ -28,6 +28,7 @@ import mlx_distill  # before mlx.core: it puts a fast BLAS in front # noqa: F401
 # isort: split
 import mlx.core as mx
 import numpy as np
+from quiet import Quiet
 from record import RESULTS, record
 
 from mlx_distill import models, recipe
@@ -38,13 +39,11 @@ from mlx_distill.data.template import decode_answer, encode, encode_prompt, end_
 from mlx_distill.evaluate.fidelity import fidelity
 from mlx_distill.evaluate.model import judge
 from mlx_distill.generate import generate
-from mlx_distill.interrupt import Interrupts
 from mlx_distill.losses import Targets
 from mlx_distill.losses.menu import MENU
 from mlx_distill.matching import teacher_layers
 from mlx_distill.models import Loaded
 from mlx_distill.recipe import Recipe
-from mlx_distill.run import Counters
 from mlx_distill.student import make_student
 from mlx_distill.teacher import LiveTeacher, Teaches
 from mlx_distill.train import train
@@ -97,24 +96,6 @@ class Remembering(LiveTeacher):
         last = np.concatenate([self.known[row] for row in batch.rows])
         last = np.pad(last, ((0, places.size - len(last)), (0, 0)))
         return Targets(at_places(batch.labels, places), last=mx.array(last)[None])
-
-
-class Quiet:
-    """A stage log that keeps nothing."""
-
-    stage, interrupts = "student", Interrupts()
-
-    def steps(self, first: int, last: int) -> range:
-        return range(first, last + 1)
-
-    def restore(self, student: Any, optimizer: Any) -> Counters:
-        return Counters()
-
-    def metrics(self, counters: Counters, *_: Any) -> None:
-        counters.close_window()
-
-    def save(self, *_: Any) -> None:
-        pass
 
 
 def options(objective: dict[str, Any], teacher: dict[str, Any], seed: int) -> Recipe:

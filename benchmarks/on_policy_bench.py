@@ -25,18 +25,17 @@ import mlx_distill  # before mlx.core: it puts a fast BLAS in front # noqa: F401
 # isort: split
 import mlx.core as mx
 import numpy as np
+from quiet import Quiet
 from record import RESULTS, record
 
 from mlx_distill import models, recipe
 from mlx_distill.data.batch import Batch, Batches, Encoded, make_batch
 from mlx_distill.evaluate.fidelity import fidelity
 from mlx_distill.generate import generate
-from mlx_distill.interrupt import Interrupts
 from mlx_distill.models import Loaded
 from mlx_distill.on_policy import OwnRows
 from mlx_distill.options import Sampling, Shape
 from mlx_distill.recipe import Recipe
-from mlx_distill.run import Counters
 from mlx_distill.self_teacher import twin
 from mlx_distill.teacher import LiveTeacher
 from mlx_distill.train import HasBatches, train
@@ -104,25 +103,6 @@ class Ids:
 
     def __len__(self) -> int:
         return VOCABULARY
-
-
-class Quiet:
-    """A stage log that keeps nothing."""
-
-    stage, interrupts = "student", Interrupts()
-
-    def steps(self, first: int, last: int) -> range:
-        return range(first, last + 1)
-
-    def restore(self, *_: Any) -> Counters:
-        return Counters()
-
-    def metrics(self, counters: Counters, *_: Any) -> None:
-        counters.close_window()
-
-    def save(self, *_: Any) -> None: ...
-
-    def say(self, line: str) -> None: ...
 
 
 def built(hidden: int, seed: int) -> Loaded:

@@ -13,7 +13,7 @@ import mlx_distill  # before mlx.core: it puts a fast BLAS in front # noqa: F401
 # isort: split
 import mlx.core as mx
 import numpy as np
-from objectives_bench import Quiet
+from quiet import Quiet
 from ssd_toy import BASE, TOKENS, TOP_P, Best, States
 
 from mlx_distill import models, recipe

@@ -30,6 +30,7 @@ import mlx_distill  # before mlx.core: it puts a fast BLAS in front # noqa: F401
 
 # isort: split
 import mlx.core as mx
+from quiet import Quiet
 from record import RESULTS, record
 
 from mlx_distill import models, recipe
@@ -42,7 +43,6 @@ from mlx_distill.data.template import decode_answer, encode, encode_prompt, end_
 from mlx_distill.evaluate.exact import score
 from mlx_distill.evaluate.model import judge
 from mlx_distill.generate import generate
-from mlx_distill.interrupt import Interrupts
 from mlx_distill.models import Loaded
 from mlx_distill.options import Reasoning, Source
 from mlx_distill.reasoning import as_learned, split, weigh
@@ -55,16 +55,8 @@ TEST, LONGER = 500, 200  # rows
 WAYS = {"both": "both", "answer": "answer", "two_tasks": "two_tasks", "answer, as many steps": "answer"}
 
 
-class Quiet:
-    """A stage log that keeps nothing, and says now and then how it goes."""
-
-    stage, interrupts = "student", Interrupts()
-
-    def steps(self, first: int, last: int) -> range:
-        return range(first, last + 1)
-
-    def restore(self, *_: Any) -> Counters:
-        return Counters()
+class Telling(Quiet):
+    """Says now and then how it goes."""
 
     def metrics(self, counters: Counters, *_: Any) -> None:
         loss = sum(counters.window_losses.values()) / counters.window_weight
@@ -177,7 +169,7 @@ class Bench:
         changed = self.options.train.model_copy(update={"steps": steps, "save_every": 0})
         options = self.options.model_copy(update={"train": changed, "seed": seed, "teacher": None})
         student = make_student(options.student, self.teacher.tokenizer, seed)
-        log: Any = Quiet()
+        log: Any = Telling()
         used = train(student.model, [], batches, options, self.vocabulary, log)
         read_tokens = sum(batches[i].tokens.size for i in range(min(steps, 50))) / min(steps, 50) * steps
         return student, {
