@@ -67,6 +67,14 @@ def cache(
 
 
 @app.command()
+def prune(
+    recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False
+) -> None:
+    """Every stage up to the student that is cut out of a bigger model."""
+    _run(recipe, overrides, upto="prune", resume=resume, overwrite=overwrite)
+
+
+@app.command()
 def train(
     recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False
 ) -> None:
@@ -90,6 +98,22 @@ def evaluate(recipe: RecipeFile, overrides: Overrides = None) -> None:
 def export(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Check a run's exported models again; first what is missing."""
     _run(recipe, overrides, upto="export", resume=True, again=True)
+
+
+@app.command()
+def compress(
+    recipes: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE... [KEY=VALUE]...",
+            help="Recipe files, or names of bundled ones; then overrides, for all of them.",
+        ),
+    ],
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Several sizes and widths of a student: what each costs, and the smallest that is good enough."""
+    _compress(recipes, resume=resume, overwrite=overwrite)
 
 
 @app.command()
@@ -180,6 +204,27 @@ def _run(
                 f"go on with: {_program()} {shlex.join(command + ([] if again else ['--resume']))}",
                 file=sys.stderr,
             )
+        raise
+
+
+def _compress(arguments: list[str], *, resume: bool, overwrite: bool) -> None:
+    from mlx_distill.errors import RecipeError
+
+    if resume and overwrite:
+        raise RecipeError("--resume and --overwrite exclude each other")
+    overrides = [word for word in arguments if "=" in word]
+    recipes = [_load(word, overrides) for word in arguments if "=" not in word]
+    if not recipes:
+        raise RecipeError("name a recipe to compress; all that is given are overrides")
+    from mlx_distill.compress import compress
+    from mlx_distill.console import Console
+
+    try:
+        compress(recipes, Console(), resume=resume, overwrite=overwrite)
+    except DistillError as error:
+        if error.exit_code in (75, 130, 143):
+            command = [_program(), "compress", shlex.join(arguments), "--resume"]
+            print(f"go on with: {' '.join(command)}", file=sys.stderr)
         raise
 
 

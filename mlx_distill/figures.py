@@ -9,7 +9,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mlx_distill.errors import MissingExtra
 
@@ -56,6 +56,8 @@ class Point(NamedTuple):
     size: float
     quality: float
     stderr: float = 0.0
+    ring: bool = False  # drawn around it, to single it out
+    named: Literal["always", "if there is room", "never"] = "always"
 
 
 def curves(name: str, lines: Sequence[Curve]) -> str:
@@ -68,14 +70,24 @@ def curves(name: str, lines: Sequence[Curve]) -> str:
         return _curves(name, lines)
 
 
-def sizes(name: str, points: Sequence[Point], quality: str, size: str) -> str:
-    """Quality over size on a logarithmic scale, each point labelled, as SVG.
+def sizes(
+    name: str,
+    points: Sequence[Point],
+    quality: str,
+    size: str,
+    *,
+    front: Sequence[Point] = (),
+    line: float | None = None,
+) -> str:
+    """Quality over size, or another cost, on a logarithmic scale, as SVG.
 
     Args:
         quality: title of the upright axis. size: title of the level one.
+        front: points that no other beats, the cheapest first: a step leads from each to the next.
+        line: a quality that is good enough, drawn across.
     """
     with _style():
-        return _sizes(name, points, quality, size)
+        return _sizes(name, points, quality, size, front, line)
 
 
 def _style() -> Any:
@@ -109,14 +121,23 @@ def _curves(name: str, lines: Sequence[Curve]) -> str:
     return _svg(figure, name)
 
 
-def _sizes(name: str, points: Sequence[Point], quality: str, size: str) -> str:
+def _sizes(
+    name: str, points: Sequence[Point], quality: str, size: str, front: Sequence[Point], line: float | None
+) -> str:
     figure, axes = _axes()
     axes.set_xscale("log")
     smallest, largest = min(point.size for point in points), max(point.size for point in points)
     margin = max(1.5, (largest / smallest) ** 0.15)
     axes.set_xlim(smallest / margin, largest * margin)
     _plain_ticks(axes.xaxis, log=True)
+    if front:
+        costs, best = [point.size for point in front], [point.quality for point in front]
+        axes.step([*costs, largest * margin], [*best, best[-1]], where="post", color=_FAINT, linewidth=1.2)
+    if line is not None:
+        axes.axhline(line, color=_INK, linestyle=(0, (3, 2)), linewidth=1.0)
     for point in points:
+        if point.ring:
+            axes.plot([point.size], [point.quality], "o", mfc="none", mec=_INK, markersize=14)
         axes.errorbar(
             [point.size],
             [point.quality],
@@ -155,7 +176,8 @@ def _label(figure: Any, axes: Any, points: Sequence[Point]) -> None:
     for point in points:
         x, y = axes.transData.transform((point.size, point.quality))
         taken.append((x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale))
-    for point in sorted(points, key=lambda point: -point.quality):
+    named = [point for point in points if point.named != "never"]
+    for point in sorted(named, key=lambda point: (point.named != "always", -point.quality)):
         sides = [(9, 0, "left"), (-9, 0, "right"), (0, 13, "center"), (0, -13, "center")]
         sides += [(9, -11, "left"), (-9, -11, "right"), (9, 11, "left"), (-9, 11, "right")]
         for place, (right, up, align) in enumerate(sides):
@@ -174,7 +196,7 @@ def _label(figure: Any, axes: Any, points: Sequence[Point]) -> None:
             box = text.get_window_extent(figure.canvas.get_renderer())
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
             free = all(box.x1 < a or box.x0 > c or box.y1 < b or box.y0 > d for a, b, c, d in taken)
-            if (inside and free) or place == len(sides) - 1:
+            if (inside and free) or (place == len(sides) - 1 and point.named == "always"):
                 taken.append((box.x0, box.y0, box.x1, box.y1))
                 break
             text.remove()

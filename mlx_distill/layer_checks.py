@@ -1,6 +1,5 @@
 """The layers that losses name, against those that the models have, before a weight is read."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +8,26 @@ from mlx_distill.losses.exits import exit_weights
 from mlx_distill.losses.menu import MENU, option
 from mlx_distill.losses.relations import check_relation_heads
 from mlx_distill.matching import pairs_of
+from mlx_distill.models.headers import config_of
 from mlx_distill.models.support import refuse_attention, refuse_exits, refuse_hidden
 from mlx_distill.options import Term
 from mlx_distill.recipe import Recipe
 
 
-def check_objective(recipe: Recipe, folders: dict[str, Path]) -> None:
+def check_objective(recipe: Recipe, folders: dict[str, Path], pruned: dict[str, Any] | None = None) -> None:
     """Compare the layers that losses name with the models' own, as their config.json tells.
+
+    Args:
+        pruned: config of the student, if it is to be cut out.
 
     Raises:
         RecipeError, ModelError: a layer beyond a model, or a model type that hides what a loss reads.
     """
-    configs = {key: json.loads((folder / "config.json").read_text()) for key, folder in folders.items()}
+    configs = {key: config_of(folder) for key, folder in folders.items()}
     shape = recipe.student.shape
-    if shape is not None:
-        configs |= {key: shape.model_dump() for key in ("student", *recipe.self_taught)}
+    own = pruned if shape is None else shape.model_dump()
+    if own is not None:
+        configs |= {key: own for key in ("student", *recipe.self_taught)}
     layers = {key: layers_of(config) for key, config in configs.items()}
     for name, term in recipe.objective.items():
         family, key = MENU[name].family, f"objective.{name}"

@@ -5,8 +5,6 @@ rule of thumb, and so the whole is an estimate. It decides `source: auto`: a liv
 stored one where it does not.
 """
 
-import json
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +12,11 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlx_distill.doctor import memory_gib
+from mlx_distill.models.headers import Stored, config_of, stored_sizes
 from mlx_distill.options import Shape, Student, Teacher
+from mlx_distill.prune.axes import count_of, shapes_of
+from mlx_distill.prune.plan import Planned
+from mlx_distill.quantize.teacher import rounded_bytes
 from mlx_distill.recipe import Recipe
 
 GIB = 2**30
@@ -46,16 +48,24 @@ class Estimate(NamedTuple):
         return self.together <= self.machine
 
 
-def estimate(recipe: Recipe, folders: Mapping[str, Path], vocabulary: int) -> Estimate:
+def estimate(
+    recipe: Recipe, folders: Mapping[str, Path], vocabulary: int, planned: Planned | None = None
+) -> Estimate:
     """What the recipe takes in training, with every teacher live that is not cached by choice.
 
     Args:
         folders: of the models that are loaded, by `student` and the teachers' places.
         vocabulary: real size of the tokenizer, for a student that is new.
+        planned: the student, if it is to be cut out.
     """
     train, options = recipe.train, recipe.student
-    sizes = {place: _sizes(folder) for place, folder in folders.items()}
-    configs = {place: _config(folder) for place, folder in folders.items()}
+    sizes = {place: stored_sizes(folder) for place, folder in folders.items()}
+    configs = {place: config_of(folder) for place, folder in folders.items()}
+    if planned is not None:
+        source, numbers = sizes["student"], count_of(planned.config)
+        each = source.bytes / source.numbers
+        sizes["student"] = Stored(int(numbers * each), numbers, shapes_of(planned.config))
+        configs["student"] = planned.config
     if options.shape is not None:
         numbers = _numbers_of(options.shape, vocabulary)
         weights, config = 4.0 * numbers, options.shape.model_dump()
@@ -82,6 +92,8 @@ def estimate(recipe: Recipe, folders: Mapping[str, Path], vocabulary: int) -> Es
             bytes_of, of = 4.0 * numbers, config
         else:
             bytes_of, of = float(sizes[place].bytes), configs[place]
+        if teacher.quantize is not None:
+            bytes_of = rounded_bytes(sizes[place], teacher.quantize)
         teachers[place] = (bytes_of + 2.0 * tokens * _floats_of_layer(of, min(longest, tokens))) / GIB
     return Estimate(
         weights / GIB,
@@ -142,35 +154,7 @@ def breakdown(found: Estimate) -> str:
     )
 
 
-class _Sizes(NamedTuple):
-    """Of the tensors in the files of a model."""
-
-    bytes: int
-    numbers: int
-    matrices: list[tuple[int, int]]  # shapes of those in the layers
-
-
-def _sizes(folder: Path) -> _Sizes:
-    """Sizes of a model's tensors, from the headers of its files."""
-    total, numbers, matrices = 0, 0, []
-    for path in sorted(folder.glob("model*.safetensors")):
-        total += path.stat().st_size
-        with path.open("rb") as file:
-            [length] = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        for name, told in header.items():
-            if name == "__metadata__":
-                continue
-            shape = told["shape"]
-            numbers += _product(shape)
-            scales = header.get(name.removesuffix("weight") + "scales")
-            if ".layers." in f".{name}" and name.endswith(".weight") and len(shape) == 2:
-                width = 64 * scales["shape"][1] if scales else shape[1]  # a group is 64 numbers, most often
-                matrices.append((shape[0], width))
-    return _Sizes(total, numbers, matrices)
-
-
-def _adapter_numbers(options: Student, sizes: _Sizes, config: Mapping[str, Any]) -> float:
+def _adapter_numbers(options: Student, sizes: Stored, config: Mapping[str, Any]) -> float:
     """Numbers in the LoRA matrices beside every matrix of the last layers."""
     layers = _number(config, "num_hidden_layers") or 1
     share = min(1.0, (options.layers or layers) / layers)
@@ -182,13 +166,18 @@ def _numbers_of(shape: Shape, vocabulary: int) -> float:
     hidden, heads = shape.hidden_size, shape.num_attention_heads
     size = shape.head_dim or hidden // heads
     attention = hidden * size * (2 * heads + 2 * (shape.num_key_value_heads or heads))
-    layer = attention + 3 * hidden * shape.intermediate_size + 2 * hidden
+    feed_forward = 3 * hidden * shape.intermediate_size
+    if shape.num_experts is not None:
+        feed_forward = shape.num_experts * (feed_forward + hidden)  # and a row of the router each
+    layer = attention + feed_forward + 2 * hidden
     return shape.num_hidden_layers * layer + vocabulary * hidden * (1 if shape.tie_word_embeddings else 2)
 
 
 def _floats_of_layer(config: Mapping[str, Any], longest: int) -> float:
     """Numbers a token that a layer holds at once: states, attention to all tokens before, feed-forward."""
-    hidden, wide = _number(config, "hidden_size"), _number(config, "intermediate_size")
+    hidden = _number(config, "hidden_size")
+    wide = _number(config, "moe_intermediate_size") or _number(config, "intermediate_size")
+    wide *= _number(config, "num_experts_per_tok") or 1
     return 8 * hidden + 5 * wide + _number(config, "num_attention_heads") * longest
 
 
@@ -196,14 +185,3 @@ def _number(config: Mapping[str, Any], key: str) -> int:
     """A size in a config.json; 0 where it is told in a way of its own."""
     found = config.get(key, config.get("text_config", {}).get(key))
     return found if isinstance(found, int) else 0
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
-
-
-def _product(shape: list[int]) -> int:
-    found = 1
-    for size in shape:
-        found *= size
-    return found

@@ -93,7 +93,9 @@ QUALITY = (
 )
 COST = (
     Metric("parameters", "numbers in the weights", "", "lower", count),
+    Metric("sparsity", "share of the weights that are zero", "%", "", percent),
     Metric("size_mib", "weights on disk", "MiB", "lower", three_digits),
+    Metric("bits_per_weight", "of a quantized model, scales included", "bits", "lower", three_digits),
     Metric("prefill_tokens_per_second", "reading a prompt", "tokens/s", "higher", three_digits),
     Metric("decode_tokens_per_second", "writing an answer", "tokens/s", "higher", three_digits),
     Metric("time_to_first_token_ms", "from the prompt to the first token", "ms", "lower", three_digits),
@@ -102,14 +104,36 @@ COST = (
     Metric("train_tokens", "counted tokens trained on", "", "", count),
     Metric("train_seconds", "time in training", "s", "", seconds),
 )
+METRICS = {metric.name: metric for metric in (*QUALITY, *COST)}
+
+SCORES = {  # of which more is better, by the task of `evaluate.tasks` that measures them, the first one first
+    "code": ("pass@1", "pass@5", "pass@10"),
+    "exact": ("exact_match",),
+    "summary": ("rougeL", "rouge1", "rouge2"),
+    "fidelity": ("top1_agreement",),
+}
 
 COLORS = {"teacher": 0, "student": 1, "baseline": 2, "student_before": 3}  # the page's --c0 to --c3
 LABELS = {"student_before": "student before training", "baseline": "baseline, no teacher"}
+_OF_PRUNED = {
+    "student_before": "pruned, before healing",
+    "baseline": "baseline: pruned and trained on labels alone",
+}
+CUT_FROM = "weights_before_pruning"  # metric of `student_before`, if it was cut out of another model
 
 
-def label(model: str) -> str:
-    """The name of a model of `evaluation.json`, as people read it."""
-    return LABELS.get(model, model)
+def label(model: str, models: Models | None = None) -> str:
+    """The name of a model of `evaluation.json`, as people read it.
+
+    Args:
+        models: all of the run: a student that was cut out of another model has other controls.
+    """
+    return (_OF_PRUNED if is_pruned(models or {}) else LABELS).get(model, model)
+
+
+def is_pruned(models: Models) -> bool:
+    """Whether the student was cut out of another model."""
+    return CUT_FROM in models.get("student_before", {})
 
 
 def color(model: str) -> int:
@@ -118,9 +142,11 @@ def color(model: str) -> int:
 
 
 def ordered(models: Models) -> list[str]:
-    """Names of the models as the table lists them, those with no fixed place last."""
+    """Names of the models as the table lists them; those with no fixed place last, the largest first."""
     first = ("teacher", "student_before", "baseline", "student")
-    return [*(name for name in first if name in models), *(name for name in models if name not in first)]
+    rest = [name for name in models if name not in first]
+    rest.sort(key=lambda name: -(number(models[name].get("size_mib")) or float("inf")))
+    return [*(name for name in first if name in models), *rest]
 
 
 def others(models: Models) -> tuple[Metric, ...]:

@@ -5,7 +5,7 @@ what they say of each other. The file is long because every option stands in it.
 """
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -22,6 +22,7 @@ from pydantic import (
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+Bits = Literal[2, 3, 4, 5, 6, 8]
 
 
 class Section(BaseModel):
@@ -34,9 +35,9 @@ class Shape(Section):
     """The `config.json` of a model built from scratch, in Hugging Face's names."""
 
     # No qwen2: transformers opens every tokenizer in such a folder as Qwen's own, and text is lost.
-    model_type: Literal["llama", "qwen3"] = "llama"
+    model_type: Literal["llama", "qwen3", "qwen3_moe"] = "llama"
     hidden_size: PositiveInt
-    intermediate_size: PositiveInt  # width of the feed-forward layers
+    intermediate_size: PositiveInt  # width of the feed-forward layers; of an expert, where there are experts
     num_hidden_layers: PositiveInt
     num_attention_heads: PositiveInt
     num_key_value_heads: PositiveInt | None = None  # null: as many as attention heads
@@ -45,6 +46,8 @@ class Shape(Section):
     rope_theta: PositiveFloat = 10000.0
     rms_norm_eps: PositiveFloat = 1e-5
     tie_word_embeddings: bool = True  # one matrix for reading and writing tokens
+    num_experts: PositiveInt | None = None  # qwen3_moe: feed-forwards of a layer, for a router to choose from
+    num_experts_per_tok: PositiveInt | None = None  # qwen3_moe: how many it chooses for a token
 
     @property
     def attention_size(self) -> int:
@@ -62,6 +65,21 @@ class Shape(Section):
             raise ValueError("the size of a head must be even, for rotary positions")
         return self
 
+    @model_validator(mode="after")
+    def check_experts(self) -> Self:
+        sizes = {"num_experts": self.num_experts, "num_experts_per_tok": self.num_experts_per_tok}
+        for key, size in sizes.items():
+            if self.model_type == "qwen3_moe" and size is None:
+                raise ValueError(f"model_type qwen3_moe needs `{key}`")
+            if self.model_type != "qwen3_moe" and size is not None:
+                raise ValueError(f"`{key}` is for model_type qwen3_moe; {self.model_type} has no experts")
+        if (self.num_experts or 0) < (self.num_experts_per_tok or 0):
+            raise ValueError(
+                f"`num_experts_per_tok` {self.num_experts_per_tok} are more than there are: "
+                f"`num_experts` {self.num_experts}"
+            )
+        return self
+
 
 class NewTokenizer(Section):
     """A sentencepiece BPE tokenizer, trained on the text of `data.train`."""
@@ -70,11 +88,85 @@ class NewTokenizer(Section):
     byte_fallback: bool = True  # 256 pieces that spell out what no other piece covers
 
 
+class KeptSizes(Section):
+    """Sizes of a pruned model, in Hugging Face's names; null: as the model that is cut has it."""
+
+    num_hidden_layers: PositiveInt | None = None
+    hidden_size: PositiveInt | None = None
+    intermediate_size: PositiveInt | None = None  # of an expert, where there are experts
+    num_attention_heads: PositiveInt | None = None  # key and value heads go with them
+    num_experts: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def check_any(self) -> Self:
+        if all(size is None for _, size in self):
+            raise ValueError("at least one size, such as {num_hidden_layers: 2}")
+        return self
+
+
+class Sparsity(Section):
+    """Weights set to zero, which stay zero while the student is healed; the shapes stay as they are."""
+
+    share: Fraction = 0.5  # of the weights of each matrix in the layers
+    pattern: Literal["unstructured", "2:4"] = "unstructured"  # 2:4: two of every four in a row
+    by: Literal["wanda", "magnitude"] = "wanda"  # wanda: magnitude times the size of what it multiplies
+
+    @model_validator(mode="after")
+    def check_share(self) -> Self:
+        if self.pattern == "2:4" and self.share != 0.5:
+            raise ValueError(f"`pattern` 2:4 sets half of the weights to zero; drop `share` {self.share:g}")
+        return self
+
+
+class Prune(Section):
+    """A student cut out of a bigger model, and then trained like any other. See docs/pruning.md."""
+
+    model: str | None = None  # what is cut, a folder or Hub repository; null: the teacher
+    ratio: Fraction | None = None  # target: share of its weights that stays
+    parameters: PositiveInt | None = None  # target: weights that stay, at most
+    gib: PositiveFloat | None = None  # target: size of the weights in the type they are stored in, at most
+    axes: list[Literal["layers", "hidden", "feed_forward", "heads", "experts"]] = [
+        "hidden",
+        "feed_forward",
+        "heads",
+    ]  # along which it is cut to reach the target
+    sizes: KeptSizes | None = None  # in place of a target
+    by: Literal["activation", "magnitude", "random"] = "activation"  # which channels, heads, experts stay
+    layers_by: Literal["influence", "loss", "every_other", "random"] = "influence"  # which layers stay
+    tokens: PositiveInt = 65536  # of the rows to learn from, on which importance is measured
+    vocabulary: bool = False  # keep only the tokens that the rows to learn from use, in the teacher too
+    dense: bool = False  # the experts that stay become one feed-forward layer
+    sparsity: Sparsity | None = None
+    rounds: PositiveInt = 1  # the way to the target in so many cuts
+    heal: PositiveInt | None = None  # steps of training after each cut but the last, which `train` follows
+
+    @model_validator(mode="after")
+    def check_target(self) -> Self:
+        targets = [key for key in ("ratio", "parameters", "gib", "sizes") if getattr(self, key) is not None]
+        if len(targets) > 1:
+            raise ValueError(f"`{targets[0]}` and `{targets[1]}` are both targets; keep one")
+        if not targets and not (self.vocabulary or self.sparsity or self.dense):
+            raise ValueError("needs a target: `ratio`, `parameters`, `gib` or `sizes`")
+        chosen = self.axes != type(self).model_fields["axes"].default
+        if chosen and (not targets or targets == ["sizes"]):
+            raise ValueError("`axes` say how a `ratio`, `parameters` or `gib` is reached; drop them")
+        if len(set(self.axes)) < len(self.axes) or not self.axes:
+            raise ValueError("`axes`: each at most once, and at least one")
+        if self.rounds > 1 and self.heal is None:
+            raise ValueError(f"{self.rounds} `rounds` need `heal`, the steps of training between them")
+        if self.rounds == 1 and self.heal is not None:
+            raise ValueError("`heal` is training between `rounds`, and there is one round")
+        if self.rounds > 1 and not targets:
+            raise ValueError(f"{self.rounds} `rounds` approach a target, and there is none")
+        return self
+
+
 class Student(Section):
-    """The model that learns: loaded (`model`), or built from scratch (`shape`)."""
+    """The model that learns: loaded (`model`), built from scratch (`shape`), or cut out (`prune`)."""
 
     model: str | None = None  # folder or Hub repository
     shape: Shape | None = None
+    prune: Prune | None = None
     tokenizer: NewTokenizer | None = None  # for `shape` without a teacher; null: the teacher's
     method: Literal["full", "lora", "dora"] = "full"  # which parameters move
     rank: PositiveInt = 16  # of the LoRA or DoRA matrices
@@ -84,14 +176,62 @@ class Student(Section):
 
     @model_validator(mode="after")
     def check(self) -> Self:
-        if (self.model is None) == (self.shape is None):
-            raise ValueError("needs either `model` (load one) or `shape` (build one), not both")
+        if sum(way is not None for way in (self.model, self.shape, self.prune)) != 1:
+            raise ValueError(
+                "needs one of `model` (load one), `shape` (build one) and `prune` (cut one out), not several"
+            )
         if self.shape is not None and self.method != "full":
             raise ValueError(f"method {self.method!r} adapts a loaded model; a new `shape` needs 'full'")
         if self.model is not None and self.tokenizer is not None:
             raise ValueError("`tokenizer` is for a new `shape`; a loaded model keeps its own")
+        if self.prune is not None and self.tokenizer is not None:
+            raise ValueError("`tokenizer` is for a new `shape`; what is cut out keeps its own")
+        if self.prune is not None and self.prune.sparsity is not None and self.method != "full":
+            raise ValueError(
+                f"method {self.method!r} would add matrices to the zeros of `prune.sparsity`; use 'full'"
+            )
         if self.method == "full" and self.dropout:
             raise ValueError("`dropout` acts inside LoRA or DoRA matrices; method 'full' has none")
+        return self
+
+
+MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # bits and group size, which are fixed there
+
+
+def filled(section: Any) -> Any:
+    """A section with the bits and the group size of its mode, if that fixes them."""
+    if not isinstance(section, dict) or section.get("mode") not in MODES:
+        return section
+    bits, group_size = MODES[section["mode"]]
+    return {"bits": bits, "group_size": group_size, **section}
+
+
+def check_grid(mode: str, bits: int, group_size: int) -> None:
+    """Refuse bits or groups that a mode does not have."""
+    if mode in MODES and (bits, group_size) != MODES[mode]:
+        bits, group_size = MODES[mode]
+        raise ValueError(
+            f"mode {mode} has {bits} bits and groups of {group_size}; leave `bits` and `group_size` out"
+        )
+    if mode == "affine" and group_size == 16:
+        raise ValueError("mode affine has groups of 32, 64 or 128; got `group_size` 16")
+
+
+class Grid(Section):
+    """Weights in few bits, rounded to the nearest."""
+
+    mode: Literal["affine", "mxfp4", "mxfp8", "nvfp4"] = "affine"  # affine: a scale and a bias a group
+    bits: Bits = 4
+    group_size: Literal[16, 32, 64, 128] = 64  # weights that share a scale
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_mode(cls, value: Any) -> Any:
+        return filled(value)
+
+    @model_validator(mode="after")
+    def check_mode(self) -> Self:
+        check_grid(self.mode, self.bits, self.group_size)
         return self
 
 
@@ -105,6 +245,7 @@ class Teacher(Section):
     model: str  # `embedded`, `student` (as it is before training), a folder, or a Hub repository
     ema: Fraction | None = None  # of `student`: share of its weights that a step keeps
     weight: PositiveFloat = 1.0  # of its targets, as a share of all teachers' weights
+    quantize: Grid | None = None  # it teaches in few bits, to take less memory; null: as it is stored
     source: Literal["live", "cache", "auto"] = "live"  # auto: cache, if both do not fit
     top_k: PositiveInt | None = None  # likeliest tokens kept of each distribution; null: all
     tail: bool = True  # keep the mass of all other tokens too, as one more outcome
@@ -350,10 +491,88 @@ class Train(Section):
 
 
 class Quantize(Section):
-    """Weights of the finished student in few bits, with mlx-lm's round-to-nearest."""
+    """The finished student in few bits. See docs/quantization.md."""
 
-    bits: Literal[2, 3, 4, 5, 6, 8] = 4
-    group_size: Literal[32, 64, 128] = 64  # weights that share a scale and a bias
+    method: Literal["rtn", "dwq", "qad", "awq", "gptq"] = "rtn"  # rtn: rounded to the nearest
+    mode: Literal["affine", "mxfp4", "mxfp8", "nvfp4"] = "affine"  # affine: a scale and a bias a group
+    bits: Bits | list[Bits] = 4  # of a weight; a list makes a model each; with `mixed`: on average
+    group_size: Literal[16, 32, 64, 128] = 64  # weights that share a scale
+    mixed: list[Bits] = []  # widths that a layer may have, more where it harms more; []: all have `bits`
+    gib: PositiveFloat | None = None  # with `mixed`: size of the weights, in place of `bits`
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None  # of all else; null: as the student has it
+    towards: Literal["teacher", "student"] | None = None  # dwq, qad: learn from; null: the teacher, if it fits
+    steps: PositiveInt = 200  # dwq, qad: updates
+    learning_rate: PositiveFloat = 0.01  # dwq, qad: peak, in steps of the grid that a weight is rounded to
+    temperature: PositiveFloat = 1.0  # dwq, qad: of both distributions
+    rank: PositiveInt | None = None  # qad: of LoRA matrices that learn alone; null: all weights learn
+    rows: PositiveInt = 128  # mixed, awq, gptq: rows to learn from, on which layers are measured
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_mode(cls, value: Any) -> Any:
+        return filled(value)
+
+    @field_validator("bits", mode="before")
+    @classmethod
+    def check_bits(cls, value: Any) -> Any:
+        known = get_args(Bits)
+        for bits in value if isinstance(value, list) else [value]:
+            if type(bits) is not int or bits not in known:
+                raise ValueError(f"one of {', '.join(map(str, known))}; got {bits!r}")
+        return value
+
+    @model_validator(mode="after")
+    def check_method(self) -> Self:
+        for bits in self.widths:
+            check_grid(self.mode, bits, self.group_size)
+        if self.mode != "affine" and self.method in ("dwq", "awq", "gptq"):
+            raise ValueError(
+                f"method {self.method} finds scales and biases, and mode {self.mode} has no biases; "
+                "use mode affine, or method rtn or qad"
+            )
+        if wrong := [bits for bits in self.widths if self.method == "gptq" and bits not in (2, 4, 8)]:
+            raise ValueError(f"method gptq has 2, 4 and 8 bits; got `bits` {wrong[0]}; use awq or dwq for it")
+        if not self.widths:
+            raise ValueError("`bits` []: at least one width")
+        return self
+
+    @model_validator(mode="after")
+    def check_mixed(self) -> Self:
+        if self.gib is not None and not self.mixed:
+            raise ValueError("`gib` is a size for layers of several widths; set `mixed`, such as [2, 4, 8]")
+        if not self.mixed:
+            return self
+        if self.method in ("awq", "gptq"):
+            raise ValueError(f"method {self.method} has one width for all layers; drop `mixed`")
+        if self.mode != "affine":
+            raise ValueError(f"`mixed` chooses among widths of mode affine; mode {self.mode} has one")
+        if self.gib is not None and self.bits != 4:
+            raise ValueError(f"`gib` {self.gib:g} takes the place of `bits` {self.bits}; drop one of them")
+        if len(set(self.mixed)) < max(2, len(self.mixed)):
+            raise ValueError(f"`mixed` {self.mixed}: two widths or more, each once")
+        for bits in self.widths if self.gib is None else []:
+            if not min(self.mixed) < bits < max(self.mixed):
+                raise ValueError(f"`mixed` {self.mixed}: needs widths below and above `bits` {bits}")
+        return self
+
+    @model_validator(mode="after")
+    def check_idle(self) -> Self:
+        learned, measured = ("dwq", "qad"), ("awq", "gptq")
+        users: dict[str, tuple[str, ...]] = dict.fromkeys(
+            ("towards", "steps", "learning_rate", "temperature"), learned
+        )
+        users |= {"rank": ("qad",), "rows": (self.method,) if self.mixed else measured}
+        for key, methods in users.items():
+            given, unset = getattr(self, key), type(self).model_fields[key].default
+            if given != unset and self.method not in methods:  # a resolved recipe has every default
+                those = " and ".join(methods) + (" and `mixed`" if key == "rows" else "")
+                raise ValueError(f"`{key}` {given} is for method {those}, not {self.method}; drop it")
+        return self
+
+    @property
+    def widths(self) -> list[Bits]:
+        """Bits of a weight of each model that is made."""
+        return self.bits if isinstance(self.bits, list) else [self.bits]
 
 
 class Evaluate(Sampling):
@@ -386,3 +605,21 @@ class Export(Section):
     """What is left for other programs. Each artefact is reloaded and compared."""
 
     formats: list[Literal["mlx"]] = ["mlx"]  # mlx: folders for mlx-lm; [] leaves them unchecked
+
+
+class Compress(Section):
+    """Several sizes of one student, for `mlx-distill compress`; the smallest that is good enough is named."""
+
+    ratios: list[Fraction] = []  # `student.prune.ratio` of a run each; []: the student as it is
+    bits: list[Bits] = []  # widths of each student; []: as `quantize` says
+    score: str | None = None  # metric of evaluation.json; null: the first score of a task, or top1_agreement
+    line: Share = 0.9  # of the teacher's score that is good enough
+
+    @model_validator(mode="after")
+    def check_doubles(self) -> Self:
+        for key in ("ratios", "bits"):
+            values = getattr(self, key)
+            doubled = next((value for value in values if values.count(value) > 1), None)
+            if doubled is not None:
+                raise ValueError(f"`{key}` names {doubled:g} twice; drop one")
+        return self

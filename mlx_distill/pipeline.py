@@ -12,46 +12,44 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from mlx_distill import models
 from mlx_distill.answers import generate_answers
-from mlx_distill.cache import CachedTeacher
-from mlx_distill.cache.ahead import Ahead
-from mlx_distill.cache.stage import cache_folder, filled_caches, store_targets
+from mlx_distill.cache.stage import filled_caches, store_targets
 from mlx_distill.console import Console
 from mlx_distill.data.sources import digest
-from mlx_distill.data.template import encode, encode_prompt, end_of_turn_ids
-from mlx_distill.difficulty import difficulties, score_rows
+from mlx_distill.difficulty import score_rows
 from mlx_distill.endpoint import check_server
 from mlx_distill.errors import DistillError, Stopped
 from mlx_distill.evaluate.exits import exits_of
-from mlx_distill.evaluate.fidelity import fidelity
 from mlx_distill.evaluate.stage import evaluate_models, export_student
 from mlx_distill.interrupt import Interrupts
-from mlx_distill.lessons import Lessons, labels, lessons, make_batches
-from mlx_distill.losses.menu import MENU
-from mlx_distill.matching import teacher_layers
+from mlx_distill.learning import learn
+from mlx_distill.lessons import Lessons, labels, lessons
 from mlx_distill.memory import decisions
-from mlx_distill.models import Loaded
 from mlx_distill.models.first_layers import first_layers
-from mlx_distill.on_policy import OwnRows
 from mlx_distill.options import Term
 from mlx_distill.preflight import prepare
-from mlx_distill.quantize import quantized
+from mlx_distill.prune.stage import prune_student
+from mlx_distill.quantize.stage import quantize_student
 from mlx_distill.recipe import Recipe
 from mlx_distill.report import write_report
-from mlx_distill.run import Run, StageLog
+from mlx_distill.run import Run
 from mlx_distill.run_folder import ROOT, check_folder, open_run
-from mlx_distill.self_teacher import Average
-from mlx_distill.spans import ForeignTeacher
-from mlx_distill.student import widen
-from mlx_distill.teacher import LiveTeacher, Teaches
-from mlx_distill.train import HasBatches, train
 from mlx_distill.verdict import verdict
 from mlx_distill.work import Work
 
-STAGES = ("generate", "score", "cache", "train", "baseline", "quantize", "evaluate", "export", "report")
+STAGES = (
+    "generate",
+    "score",
+    "cache",
+    "prune",
+    "train",
+    "baseline",
+    "quantize",
+    "evaluate",
+    "export",
+    "report",
+)
 
 
 def run(
@@ -97,6 +95,7 @@ def run(
             "generate": generate_answers,
             "score": score_rows,
             "cache": store_targets,
+            "prune": prune_student,
             "train": train_student,
             "baseline": train_baseline,
             "quantize": quantize_student,
@@ -156,110 +155,19 @@ def train_baseline(work: Work) -> dict[str, Any]:
 
 
 def _train(work: Work, stage: str, learned: Lessons, recipe: Recipe) -> dict[str, Any]:
-    rows = learned.encoded
     for place in recipe.self_taught:
         work.unload(place)  # the student is about to be loaded, and lends its own weights
     student = work.new_student()._replace(tokenizer=work.prepared.tokenizer)
-    dtype = widen(student.model) if recipe.student.method == "full" else None
-    # Difficulties are those of the student's rows; the baseline takes its own in random order.
-    batches: HasBatches = []
-    if not recipe.all_own:
-        batches = make_batches(learned, recipe, difficulties(work) if stage == "student" else None)
-    if recipe.self_taught:
-        work.lend(student)
-    # Where no loss asks the teachers, as on answers that one of them wrote before, none runs.
-    asked = recipe.teachers if any(MENU[name].needs_teacher for name in recipe.objective) else {}
-    averages = {
-        place: Average(student.model, teacher.ema)
-        for place, teacher in asked.items()
-        if teacher.ema is not None
-    }
-    teachers = [_teaches(work, place, student, learned, averages.get(place)) for place in asked]
-    if any(isinstance(teacher, CachedTeacher) for teacher in teachers):
-        batches = Ahead(batches, teachers, recipe.train.steps * recipe.train.micro_batches)
-    # A cached teacher was unloaded to make room, and is not loaded again while the student trains.
-    watching = work.prepared.valid and recipe.teacher and recipe.teacher.source == "live"
-    compared = work.comparable_teacher() if watching else None
-
-    def validate(model: nn.Module) -> dict[str, float]:
-        return fidelity(
-            model,
-            work.prepared.valid,
-            work.prepared.vocabulary,
-            teacher=compared,
-            title=f"{stage}: validation",
-            progress=work.run.progress,
-        )
-
-    with work.run.interrupts.deferred():
-        used = train(
-            student.model,
-            teachers,
-            batches,
-            recipe,
-            work.prepared.vocabulary,
-            StageLog(work.run, stage),
-            validate if work.prepared.valid else None,
-            _own_rows(work, recipe),
-            list(averages.values()),
-        )
-    models.fused(student)
-    if dtype is not None:
-        student.model.set_dtype(dtype)
+    used = learn(work, stage, student, learned, recipe)
     work.save(stage, student)
     if stage == "student":
         for layer in exits_of(recipe):
             work.save(f"student-exit{layer}", first_layers(student, layer))
-    return {"train_tokens": used.train_tokens, "train_seconds": used.train_seconds, "rows": len(rows)}
-
-
-def _own_rows(work: Work, recipe: Recipe) -> OwnRows | None:
-    """What lets the student answer the questions of the data itself; None where it is not to."""
-    options, prepared = recipe.generate.on_policy, work.prepared
-    if options is None:
-        return None
-    asked = [*labels(work).rows, *(asked.row for asked in prepared.prompts)]
-    return OwnRows(
-        options,
-        [encode_prompt(row, prepared.tokenizer) for row in asked if row.text is None],
-        steps=recipe.train.steps,
-        batch_tokens=recipe.train.batch_tokens,
-        seed=recipe.seed,
-        ends=end_of_turn_ids(prepared.tokenizer),
-        vocabulary=prepared.vocabulary,
-    )
-
-
-def _teaches(
-    work: Work, place: str, student: Loaded, learned: Lessons, average: Average | None = None
-) -> Teaches:
-    """A teacher of the student, on these rows."""
-    rows = learned.encoded
-    options, files = work.recipe.teachers[place], work.prepared.teachers[place]
-    if options.source == "cache":
-        made_of = work.prepared.caches[place]
-        return CachedTeacher(cache_folder(work, place), rows, made_of, tail=options.tail)
-    loaded = work.teacher(place) if average is None else student._replace(model=average.model)
-    if files.foreign:
-        theirs = [encode(row, files.tokenizer, count=work.recipe.data.count) for row in learned.rows]
-        tokenizer, size = work.prepared.tokenizer, work.prepared.vocabulary
-        return ForeignTeacher(loaded, files.vocabulary, rows, theirs, tokenizer, size)
-    terms = work.recipe.objective
-    depths: list[Any] = [student.model.layers, loaded.model.layers]
-    layers = teacher_layers(terms, *map(len, depths))
-    return LiveTeacher(loaded, files.vocabulary, layers)
-
-
-def quantize_student(work: Work) -> dict[str, Any]:
-    """The saved student in few bits, as `models/student-4bit`."""
-    options = work.recipe.quantize
-    if options is None:
-        return {}
-    student = models.load(str(work.run.model("student")), "student")
-    small = quantized(student, options)
-    name = f"student-{options.bits}bit"
-    work.save(name, small)
-    return {"model": name}
+    return {
+        "train_tokens": used.train_tokens,
+        "train_seconds": used.train_seconds,
+        "rows": len(learned.encoded),
+    }
 
 
 def report(work: Work) -> dict[str, Any]:

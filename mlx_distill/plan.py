@@ -46,6 +46,8 @@ def _facts(recipe: Recipe, prepared: Prepared) -> Iterator[str]:
             f"the longest of {longest} tokens" + _left_out(prepared, "prompts")
         )
     yield f"vocabulary: {prepared.vocabulary} tokens"
+    if prepared.planned is not None:
+        yield f"student, cut out: {prepared.planned.summary}"
     train = recipe.train
     each = train.batch_tokens * train.micro_batches
     yield (

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_distill.asked import Asked, check_thinking, shown_to
@@ -19,8 +19,13 @@ from mlx_distill.hub import is_name
 from mlx_distill.layer_checks import check_objective
 from mlx_distill.memory import Estimate, estimate, with_sources
 from mlx_distill.models import check_architecture, load_tokenizer
+from mlx_distill.models.headers import config_of
 from mlx_distill.options import Data, Generate, Source
 from mlx_distill.progress import Progress, silent
+from mlx_distill.prune.plan import Planned, plan_pruning
+from mlx_distill.prune.vocabulary import check_type, learned_texts, trimmed
+from mlx_distill.quantize.checks import check_loaded_student
+from mlx_distill.quantize.learned_checks import check_towards
 from mlx_distill.reasoning import Task, as_learned, as_measured, check_marks
 from mlx_distill.recipe import Recipe, fingerprint
 from mlx_distill.teacher_files import (
@@ -55,6 +60,8 @@ class Prepared:
     tasks: dict[str, list[Task]] = field(default_factory=dict)  # of each row of "train", "replay.0", ...
     examples: list[Row] = field(default_factory=list)  # that a writer is shown before each prompt
     caches: dict[str, dict[str, Any]] = field(default_factory=dict)  # what a teacher's cache is made of
+    planned: Planned | None = None  # the student, if it is to be cut out
+    kept_tokens: Any = None  # ids that stay of the vocabulary of what is cut, (V',); None: all
     memory: Estimate = field(kw_only=True)  # that training takes
 
 
@@ -66,9 +73,11 @@ def prepare(recipe: Recipe, progress: Progress = silent) -> Prepared:
     """
     folders = model_folders(recipe, lambda name: not is_name(name) or os.path.exists(name))
     needed = {*recipe.teachers} - {*recipe.self_taught}
-    needed |= {"student"} if recipe.student.model is not None else set()
+    needed |= {"student"} if recipe.student.shape is None else set()
     if needed <= folders.keys():  # before the data is read, which may take seconds
-        check_objective(recipe, folders)
+        planned = plan_pruning(recipe, folders)
+        check_objective(recipe, folders, planned and planned.config)
+        check_loaded_student(recipe, folders)
     if recipe.evaluate.tasks and sources.expand(recipe.data)["test"] is None:
         tasks = ", ".join(recipe.evaluate.tasks)
         raise RecipeError(f"`evaluate.tasks` [{tasks}] measure on `data.test`, which is missing")
@@ -99,15 +108,30 @@ def prepare(recipe: Recipe, progress: Progress = silent) -> Prepared:
             check_tokenizer_files(student_folder, folders[key])
     for key, folder in folders.items():
         check_architecture(folder, f"{key}.model")
-    check_objective(recipe, folders)
+    planned = plan_pruning(recipe, folders)
+    pruned = planned and planned.config
+    check_objective(recipe, folders, pruned)
+    check_loaded_student(recipe, folders)
     mine = None if student_folder is None else load_tokenizer(student_folder)
     if recipe.student.tokenizer is not None:
         mine = train_tokenizer((_text_of(row) for row in rows["train"]), recipe.student.tokenizer)
     teachers, tokenizer = teachers_of(recipe, folders, mine)
+    check_towards(recipe, teachers)
+    kept_tokens = None
+    if recipe.student.prune is not None and recipe.student.prune.vocabulary:
+        for folder in folders.values():
+            check_type(config_of(folder))
+        texts = learned_texts(recipe, rows, examples, tokenizer, progress)
+        tokenizer, kept_tokens = trimmed(tokenizer, texts)
+        size = len(kept_tokens)
+        teachers = {key: replace(one, tokenizer=tokenizer, vocabulary=size) for key, one in teachers.items()}
+        planned = plan_pruning(recipe, folders, size)
+        pruned = planned and planned.config
+        check_objective(recipe, folders, pruned)
     vocabulary = max(tokenizer.get_vocab().values()) + 1
-    memory = estimate(recipe, folders, vocabulary)
+    memory = estimate(recipe, folders, vocabulary, planned)
     recipe = with_sources(recipe, memory)
-    caches = caches_of(recipe, folders, teachers, tokenizer)
+    caches = caches_of(recipe, folders, teachers, tokenizer, pruned)
     refuse_others(recipe, caches)
 
     encoded: dict[str, list[Encoded]] = {}
@@ -141,6 +165,8 @@ def prepare(recipe: Recipe, progress: Progress = silent) -> Prepared:
 
     trained_on: list[Any] = [encoded["train"], [[one.tokens, one.shown] for one in prompts]]
     trained_on += [encoded[key] for key in replayed]
+    if kept_tokens is not None:  # ids are numbers among those that stay
+        trained_on.append(kept_tokens.tolist())
     if recipe.generate.endpoint is not None:
         trained_on.append(sources.digest([*(one.row for one in prompts), *examples]))
     if own is not None and own.schedule == "adaptive":
@@ -168,6 +194,8 @@ def prepare(recipe: Recipe, progress: Progress = silent) -> Prepared:
         taught,
         examples,
         caches,
+        planned,
+        kept_tokens,
         memory=memory,
     )
 

@@ -24,6 +24,7 @@ from mlx_distill.errors import NotFound, RecipeError
 from mlx_distill.losses.menu import MENU, options_of
 from mlx_distill.mistakes import explain, nearest, shown, wanted
 from mlx_distill.options import (
+    Compress,
     Data,
     Evaluate,
     Export,
@@ -53,6 +54,7 @@ class Recipe(Section):
     quantize: Quantize | None = None  # null: no quantized student
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
+    compress: Compress | None = None  # null: one size
 
     @field_validator("objective", mode="before")
     @classmethod
@@ -195,7 +197,7 @@ def determining(recipe: Recipe) -> dict[str, Any]:
     What is watched, logged, saved and measured, and what happens to the finished student, may differ
     between runs of one fingerprint.
     """
-    tree = recipe.model_dump(mode="json", exclude={"name", "quantize", "evaluate", "export"})
+    tree = recipe.model_dump(mode="json", exclude={"name", "quantize", "evaluate", "export", "compress"})
     own = recipe.generate.on_policy
     adaptive = own is not None and own.schedule == "adaptive"
     heeded = {("data", "valid"), ("train", "eval_every")} if adaptive else set()

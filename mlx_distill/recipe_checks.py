@@ -5,10 +5,14 @@ Each check gives its mistakes as lines that name the option, the value and the n
 
 from typing import TYPE_CHECKING
 
+from mlx_distill.compress_checks import compressing
 from mlx_distill.data.mixture import learned_from
 from mlx_distill.losses import NEEDS_TAIL
 from mlx_distill.losses.menu import MENU
 from mlx_distill.options import Filters, Generate
+from mlx_distill.pruning_checks import pruning
+from mlx_distill.quantize.checks import quantization
+from mlx_distill.quantize.learned_checks import learned_quantization
 
 if TYPE_CHECKING:
     from mlx_distill.recipe import Recipe
@@ -29,6 +33,12 @@ def contradictions(recipe: "Recipe") -> list[str]:
         _curriculum,
         _cache,
         _reasoning,
+        _vocabulary,
+        pruning,
+        quantization,
+        learned_quantization,
+        compressing,
+        _rounded_teachers,
     )
     return [mistake for check in checks for mistake in check(recipe)]
 
@@ -58,12 +68,6 @@ def _basics(recipe: "Recipe") -> list[str]:
             "`train.gradient_checkpointing` would draw another mask of `student.dropout` "
             f"{recipe.student.dropout:g} as it computes a layer again: a wrong gradient; drop one of them"
         )
-    shape, quantize = recipe.student.shape, recipe.quantize
-    if shape is not None and quantize is not None:
-        widths = (shape.hidden_size, shape.intermediate_size, shape.attention_size)
-        if all(width % quantize.group_size for width in widths):
-            size = quantize.group_size
-            mistakes.append(f"`quantize.group_size` {size} divides no width of `student.shape` {widths}")
     return mistakes
 
 
@@ -209,6 +213,25 @@ def _reasoning(recipe: "Recipe") -> list[str]:
     ]
 
 
+def _vocabulary(recipe: "Recipe") -> list[str]:
+    """A smaller vocabulary that a teacher cannot have, or that no answer decides about."""
+    prune, place = recipe.student.prune, "`student.prune.vocabulary`"
+    if prune is None or not prune.vocabulary:
+        return []
+    mistakes = []
+    if recipe.across_tokenizers:
+        mistakes.append(
+            f"{place} cuts the tokens of teacher and student alike, and `objective.cross_tokenizer` is for "
+            "teachers with others; drop one of the two"
+        )
+    if recipe.data.train is None and not recipe.data.replay and recipe.generate.examples is None:
+        mistakes.append(
+            f"{place} keeps the tokens of the rows to learn from, and `data.prompts` alone show no answers, "
+            "which would be written with the tokens of the questions; add `data.train` or `generate.examples`"
+        )
+    return mistakes
+
+
 def _generation(recipe: "Recipe") -> list[str]:
     """Options for what somebody writes before training, where nobody does."""
     if recipe.data.prompts is not None and not recipe.all_own:
@@ -333,3 +356,13 @@ def _filters(recipe: "Recipe") -> list[str]:
             f"`{place}.duplicates` {filters.duplicates:g}: from 0.3 to 1; 0.8 finds copies with small changes"
         )
     return mistakes
+
+
+def _rounded_teachers(recipe: "Recipe") -> list[str]:
+    """A teacher in few bits that is the student, whose weights are to stay whole."""
+    return [
+        f"`{place}.quantize`: this teacher is the student, whose weights stay whole; leave it out, or name "
+        "the model itself as teacher"
+        for place in recipe.self_taught
+        if recipe.teachers[place].quantize is not None
+    ]

@@ -1,8 +1,4 @@
-"""`report.html`: one self-contained page that shows what a run did, read off its folder alone.
-
-Whatever a model wrote is hostile text: the template escapes all of it, and the page forbids itself every
-outside request and every script.
-"""
+"""`report.html`: one self-contained page that shows what a run did, read off its folder alone."""
 
 import json
 from collections import Counter
@@ -11,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill import metrics as m
-from mlx_distill.errors import MissingExtra, RecipeError, RunFolderError
-from mlx_distill.files import write_text
+from mlx_distill.errors import MissingExtra, RecipeError
+from mlx_distill.report_page import RUNS, details, tables, write_page
 from mlx_distill.report_samples import samples
 from mlx_distill.run_record import RunRecord, read_run
 from mlx_distill.strict_yaml import parse_yaml
@@ -23,9 +19,6 @@ _CURVES = (
     ("valid_nll", "nll on validation rows, nats/token"),
     ("valid_kl", "KL to the teacher on validation rows, nats/token"),
 )
-_RUNS = (1, 2, 4, 5, 6, 7, 0, 3)  # colours of runs side by side
-
-Line = tuple[str, int, Mapping[str, Any]]  # of a table: its name, colour and METRICS
 
 
 def write_report(folder: Path) -> Path:
@@ -37,23 +30,24 @@ def write_report(folder: Path) -> Path:
     """
     run = read_run(Path(folder))
     models = m.ordered(run.models)
-    rows = [(None, [(m.label(name), m.color(name), run.models[name]) for name in models])]
-    curves = [(m.label(stage), m.color(stage), run.log, stage, False) for stage in ("student", "baseline")]
+    rows = [(None, [(m.label(name, run.models), m.color(name), run.models[name]) for name in models])]
+    stages = ("student", "baseline")
+    curves = [(m.label(stage, run.models), m.color(stage), run.log, stage, False) for stage in stages]
     figures, missing = _figures(curves, run.models)
     page = {
         "title": run.name,
         "kind": "Distillation report" if "teacher" in run.models else "Training report",
         "verdict": verdict(run.models),
-        "tables": _tables(rows),
+        "tables": tables(rows),
         "figures": figures,
         "notes": [*missing, *run.unreadable],
-        "samples": samples(run.answers),
+        "samples": samples(run.answers, run.models),
         "generated": _lineage(run.generated),
         "sandbox": next((x["sandbox"] for x in run.models.values() if x.get("sandbox")), None),
-        "details": _details([run]),
+        "details": details([run]),
         "differences": None,
     }
-    return _write(page, Path(folder) / "report.html")
+    return write_page(page, Path(folder) / "report.html")
 
 
 def write_comparison(folders: Sequence[Path], out: Path) -> Path:
@@ -66,12 +60,14 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         runs = [run._replace(name=str(folder)) for run, folder in zip(runs, folders, strict=True)]
-    colors = {run.name: _RUNS[i % 8] for i, run in enumerate(runs)}
+    colors = {run.name: RUNS[i % 8] for i, run in enumerate(runs)}
     groups = []
     models = dict.fromkeys(name for run in runs for name in m.ordered(run.models))
     for model in sorted(models, key=lambda name: (name != "student", name == "student_before")):
-        rows = [(run.name, colors[run.name], run.models[model]) for run in runs if model in run.models]
-        groups.append((m.label(model), rows))
+        having = [run for run in runs if model in run.models]
+        rows = [(run.name, colors[run.name], run.models[model]) for run in having]
+        alike = having[0].models if all(m.is_pruned(run.models) for run in having) else None
+        groups.append((m.label(model, alike), rows))
     stages = [(stage, dashed) for stage, dashed in (("student", False), ("baseline", True))]
     curves = [
         (run.name + (", baseline" if dashed else ""), colors[run.name], run.log, stage, dashed)
@@ -84,54 +80,16 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
         "title": " · ".join(run.name for run in runs),
         "kind": f"{len(runs)} runs side by side",
         "verdict": [],
-        "tables": _tables(groups),
+        "tables": tables(groups),
         "figures": figures,
         "notes": [*missing, *(line for run in runs for line in run.unreadable)],
         "samples": [],
         "generated": None,
         "sandbox": None,
-        "details": _details(runs),
+        "details": details(runs),
         "differences": _differences(runs),
     }
-    return _write(page, Path(out))
-
-
-def _tables(groups: Sequence[tuple[str | None, list[Line]]]) -> list[dict[str, Any]]:
-    """What the models can do, what they cost, and what else was measured: columns that any row has."""
-    everything = {f"{i} {j}": row[2] for i, (_, rows) in enumerate(groups) for j, row in enumerate(rows)}
-    titles = (("Quality", m.QUALITY), ("Cost", m.COST), ("Also measured", m.others(everything)))
-    tables = []
-    for title, known in titles:
-        columns = [x for x in known if any(x.name in metrics for metrics in everything.values())]
-        reasons: list[str] = []
-        filled = [
-            (
-                heading,
-                [(name, color, [_cell(x, found, reasons) for x in columns]) for name, color, found in rows],
-            )
-            for heading, rows in groups
-        ]
-        if columns:
-            tables.append({"title": title, "columns": columns, "groups": filled, "reasons": reasons})
-    return tables
-
-
-def _cell(metric: m.Metric, metrics: Mapping[str, Any], reasons: list[str]) -> dict[str, Any]:
-    """One number as written, its exact value, and the number of the footnote where there is none."""
-    cell: dict[str, Any] = {"text": None, "exact": "", "why": "not asked for", "note": None, "spread": None}
-    if metric.name not in metrics:
-        return cell
-    value, raw = metric.measured(metrics), metrics[metric.name]
-    if value is not None:
-        stderr = metric.stderr(metrics)
-        spread = metric.write(stderr) if stderr else None
-        return cell | {"text": metric.write(value), "exact": repr(value), "spread": spread}
-    if raw is not None:  # not a finite number: shown as it is
-        return cell | {"text": str(raw), "exact": str(raw)}
-    why = str(metrics.get(metric.name + "_why") or "no reason given")
-    if why not in reasons:
-        reasons.append(why)
-    return cell | {"why": why, "note": reasons.index(why) + 1}
+    return write_page(page, Path(out))
 
 
 def _figures(
@@ -186,7 +144,8 @@ def _sizes(point: Any, metric: m.Metric, models: m.Models, colors: Mapping[str, 
         size, value = m.number(models[name].get("size_mib")), metric.measured(models[name])
         if size and value is not None:
             stderr = factor * (metric.stderr(models[name]) or 0.0)
-            label = {"student_before": "before", "baseline": "baseline"}.get(name, name)
+            before = "pruned" if m.is_pruned(models) else "before"
+            label = {"student_before": before, "baseline": "baseline"}.get(name, name)
             points.append(point(label, colors.get(name, 4), size, factor * value, stderr))
     return points
 
@@ -198,22 +157,6 @@ def _lineage(generated: list[dict[str, Any]]) -> dict[str, Any] | None:
     reasons = [str(row.get("reason") or "no reason given") for row in generated if not row.get("kept")]
     dropped = Counter(reason.partition(":")[0] for reason in reasons)  # the filter, without what it measured
     return {"written": len(generated), "kept": kept, "dropped": dropped.most_common()}
-
-
-def _details(runs: list[RunRecord]) -> list[dict[str, Any]]:
-    """Recipe and environment of each run, folded away at the foot of the page."""
-    found = []
-    for run in runs:
-        of = f" of {run.name}" if len(runs) > 1 else ""
-        environment = {
-            key: value if isinstance(value, str) else json.dumps(value)
-            for key, value in run.environment.items()
-        }
-        if run.recipe:
-            found.append({"title": f"Recipe{of}", "text": run.recipe, "pairs": {}})
-        if environment:
-            found.append({"title": f"Command and environment{of}", "text": "", "pairs": environment})
-    return found
 
 
 def _differences(runs: list[RunRecord]) -> dict[str, Any] | None:
@@ -237,21 +180,3 @@ def _flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, str]:
         else:
             flat[f"{path}{key}"] = json.dumps(value)
     return flat
-
-
-def _write(page: dict[str, Any], path: Path) -> Path:
-    """Render and put in place in one move, so that a reader never meets half a page."""
-    from jinja2 import Environment, StrictUndefined
-
-    source = (Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8")
-    options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    template = Environment(autoescape=True, **options).from_string(source)
-    cells = [cell for t in page["tables"] for _, rows in t["groups"] for *_, row in rows for cell in row]
-    page["has_spread"] = any(cell["spread"] for cell in cells)
-    # A model may write half of a surrogate pair, which no file can hold.
-    html = template.render(page).encode("utf-8", errors="replace").decode("utf-8")
-    try:
-        write_text(path, html)
-    except OSError as error:
-        raise RunFolderError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
-    return path

@@ -10,8 +10,11 @@ _SAMPLES = 6
 _LONGEST = 2000  # characters of one text in the page
 
 
-def samples(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def samples(answers: list[dict[str, Any]], models: m.Models) -> list[dict[str, Any]]:
     """A few rows, one of each outcome in turn, those on which the models differ first.
+
+    Args:
+        models: of the run, whose names and order the answers take.
 
     An outcome is a task, who was right and who wrong; each sample says how many rows had the same, so that
     a rare success cannot pass for the rule.
@@ -31,21 +34,22 @@ def samples(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if len(picked) >= _SAMPLES:
             break
     tasks = Counter(row.get("task") for row in answers)
-    return [_sample(row, same, tasks[row.get("task")]) for row, same in picked[:_SAMPLES]]
+    return [_sample(row, same, tasks[row.get("task")], models) for row, same in picked[:_SAMPLES]]
 
 
-def _sample(row: dict[str, Any], same: int, rows: int) -> dict[str, Any]:
+def _sample(row: dict[str, Any], same: int, rows: int, models: m.Models) -> dict[str, Any]:
     given = row["answers"]
+    places = {name: place for place, name in enumerate(m.ordered(models))}
     shown = [
         {
-            "label": m.label(name),
+            "label": m.label(name, models),
             "color": m.color(name),
             "text": _clip(given[name].get("text")),
             "right": _right(given[name]),
             "score": m.number(given[name].get("score")),
             "why": given[name].get("why"),
         }
-        for name in m.ordered(given)
+        for name in sorted(m.ordered(given), key=lambda name: places.get(name, len(places)))
     ]
     return {
         "prompt": _clip(row.get("prompt")),

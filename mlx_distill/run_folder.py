@@ -76,18 +76,14 @@ def open_run(
     """
     check_folder(options, resume=resume, overwrite=overwrite, root=root)
     folder = root / options.name
-    known = folder / FINGERPRINT
-    if known.exists() and not overwrite and known.read_text().strip() != fingerprint:
-        raise RunFolderError(
-            f"{folder} was made {_difference(folder, options)}; "
-            "start anew with --overwrite, or choose another name with name=..."
-        )
+    if not overwrite:
+        check_same(folder, options, fingerprint)
     try:
         if overwrite and folder.exists():
             _refuse_own_inputs(folder, options)
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(known, fingerprint + "\n")
+        write_text(folder / FINGERPRINT, fingerprint + "\n")
         write_text(folder / "recipe.yaml", recipe.dump(options))
         write_json(folder / "environment.json", environment())
     except RunFolderError:
@@ -98,12 +94,26 @@ def open_run(
     return Run(folder, console, interrupts)
 
 
+def check_same(folder: Path, options: Recipe, fingerprint: str) -> None:
+    """Refuse to go on with another recipe's run.
+
+    Raises:
+        RunFolderError: in what the two differ.
+    """
+    known = folder / FINGERPRINT
+    if known.exists() and known.read_text().strip() != fingerprint:
+        raise RunFolderError(
+            f"{folder} was made {_difference(folder, options)}; "
+            "start anew with --overwrite, or choose another name with name=..."
+        )
+
+
 def _refuse_own_inputs(folder: Path, options: Recipe) -> None:
     """Refuse to remove a folder that the recipe itself reads from."""
     data = [getattr(options.data, key) for key in ("train", "prompts", "valid", "test")]
     data.append(options.generate.examples)
     data += options.data.replay
-    read = [options.student.model]
+    read = [options.student.model, options.student.prune and options.student.prune.model]
     read += [name for teacher in options.teachers.values() for name in (teacher.model, teacher.cache)]
     for name in [*read, *(source.source for source in data if source)]:
         if name and Path(name).resolve().is_relative_to(folder.resolve()):

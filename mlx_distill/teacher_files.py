@@ -1,7 +1,6 @@
 """The folders of models before their weights are read: tokenizers compared, digests, caches."""
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from mlx_distill.hub import model_folder
 from mlx_distill.layer_checks import layers_of
 from mlx_distill.losses.menu import MENU
 from mlx_distill.models import load_tokenizer
+from mlx_distill.models.headers import config_of
+from mlx_distill.quantize.teacher import check_teachers
 from mlx_distill.recipe import Recipe, fingerprint
 from mlx_distill.teacher import check_same_vocabulary
 
@@ -30,11 +31,19 @@ class TeacherFiles:
 
 
 def model_folders(recipe: Recipe, wanted: Callable[[str], bool]) -> dict[str, Path]:
-    """Folders of the models that the recipe loads, and that are wanted by name; their files are checked."""
+    """Folders of the models that the recipe loads, and that are wanted by name; their files are checked.
+
+    Under `student` stands what the student is loaded from, or cut out of.
+    """
     named = {key: one.model for key, one in recipe.teachers.items() if key not in recipe.self_taught}
     if recipe.student.model is not None:
         named["student"] = recipe.student.model
+    if recipe.student.prune is not None and recipe.student.prune.model is not None:
+        named["student"] = recipe.student.prune.model
     found = {key: model_folder(name, f"{key}.model") for key, name in named.items() if wanted(name)}
+    check_teachers(recipe, found)
+    if recipe.student.prune is not None and recipe.student.prune.model is None and "teacher" in found:
+        found["student"] = found["teacher"]
     return found | {key: found["student"] for key in recipe.self_taught if "student" in found}
 
 
@@ -82,15 +91,25 @@ def teachers_of(
 
 
 def caches_of(
-    recipe: Recipe, folders: dict[str, Path], teachers: dict[str, TeacherFiles], tokenizer: Any
+    recipe: Recipe,
+    folders: dict[str, Path],
+    teachers: dict[str, TeacherFiles],
+    tokenizer: Any,
+    pruned: dict[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """What the cache of each teacher that has one must be made of."""
+    """What the cache of each teacher that has one must be made of.
+
+    Args:
+        pruned: config of the student, if it is to be cut out.
+    """
     shape = recipe.student.shape
 
     def depth(folder: Path | None) -> int | None:
         if folder is not None:
-            return layers_of(json.loads((folder / "config.json").read_text()))
+            return layers_of(config_of(folder))
         return None if shape is None else shape.num_hidden_layers
+
+    own = depth(folders.get("student")) if pruned is None else layers_of(pruned)
 
     return {
         place: contents_of(
@@ -99,7 +118,7 @@ def caches_of(
             weights=fingerprint(recipe) if files.folder is None else digest_of(files.folder),
             tokenizer=tokenizer,
             vocabulary=files.vocabulary,
-            layers=(depth(folders.get("student")), depth(files.folder)),
+            layers=(own, own if place in recipe.self_taught else depth(files.folder)),
         )
         for place, files in teachers.items()
         if recipe.teachers[place].source == "cache"

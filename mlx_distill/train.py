@@ -6,7 +6,7 @@ move; the loop is the same. A step is one finished optimizer update.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
@@ -23,6 +23,7 @@ from mlx_distill.matching import Compared, Matching, strip
 from mlx_distill.objective import Objective, Schedule, Voice, exit_schedule, exit_terms, label_schedule
 from mlx_distill.on_policy import OwnRows
 from mlx_distill.optimizer import clip, make_optimizer
+from mlx_distill.prune.sparse import masked
 from mlx_distill.recipe import Recipe
 from mlx_distill.run import Counters, StageLog
 from mlx_distill.self_teacher import Average
@@ -54,11 +55,17 @@ class Step(NamedTuple):
     update: Callable[[Any, mx.array], mx.array]
 
 
-def make_step(objective: Objective, optimizer: Any, recipe: Recipe) -> Step:
+def make_step(
+    objective: Objective, optimizer: Any, recipe: Recipe, masks: Mapping[str, mx.array] | None = None
+) -> Step:
     """Functions that compute and apply gradients of `objective` by the weights of its student.
 
     `gradients(batch, targets, schedule)` gives sums over counted positions, to be added up;
     `update(sums, weight)` divides once, clips, updates student and optimizer in place, and gives the norm.
+
+    Args:
+        masks: True where a weight moves, by parameter. A zero elsewhere stays one: without a gradient AdamW
+            leaves it where it is, and its decay shrinks nothing.
     """
     student = objective.student
     value_and_gradients = nn.value_and_grad(student, objective.sums)
@@ -74,7 +81,7 @@ def make_step(objective: Objective, optimizer: Any, recipe: Recipe) -> Step:
         return sums, parts
 
     def update(sums: Any, weight: mx.array) -> mx.array:
-        means = tree_map(lambda g: g / weight.astype(g.dtype), sums)
+        means = tree_map(lambda g: g / weight.astype(g.dtype), masked(sums, masks or {}))
         means, size = clip(means, recipe.train.clip)
         optimizer.update(student, means)
         return size
@@ -124,6 +131,7 @@ def train(
     validate: Callable[[nn.Module], dict[str, float]] | None = None,
     own: OwnRows | None = None,
     averages: Sequence[Average] = (),
+    masks: Mapping[str, mx.array] | None = None,
 ) -> Trained:
     """Train `student` in place for `recipe.train.steps` updates, from the last checkpoint on.
 
@@ -134,6 +142,7 @@ def train(
         validate: what to measure every `eval_every` steps.
         own: rows that the student writes itself, in place of some of the batches; None: it writes none.
         averages: of the student's weights, which follow it step by step.
+        masks: where weights move, by parameter; all others of these parameters stay zero.
 
     Raises:
         Diverged: the gradient is no finite number any more.
@@ -147,7 +156,7 @@ def train(
     optimizer = make_optimizer(options)
     optimizer.init(student.trainable_parameters())
     counters = log.restore(student, optimizer, *averages)
-    step_functions = make_step(objective, optimizer, recipe)
+    step_functions = make_step(objective, optimizer, recipe, masks)
     layers = len(student.layers) if objective.exits else 0
     if own is not None and counters.own:
         own.restore(counters.own)

@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_distill.metrics import COST, QUALITY, Metric, Models, label
+from mlx_distill.metrics import CUT_FROM, METRICS, Metric, Models, is_pruned, label, number, ordered
 
-_METRICS = {metric.name: metric for metric in (*QUALITY, *COST)}
 _SCORES = ("pass@1", "exact_match", "rougeL")
 
 
@@ -19,11 +18,12 @@ def verdict(models: Models) -> list[str]:
     student = models.get("student")
     if student is None:
         return ["No student was evaluated; the table below holds what was."]
-    scores = [_METRICS[name] for name in _SCORES if _METRICS[name].measured(student) is not None]
+    scores = [METRICS[name] for name in _SCORES if METRICS[name].measured(student) is not None]
     lines = []
     for metric in scores:
         lines += _score(metric, models)
     lines += _divergence(models)
+    lines += _healed(models)
     lines += _quantized(scores, models)
     lines += _decoded(models)
     if lines and "teacher" in models and "baseline" not in models:
@@ -53,9 +53,14 @@ def _score(metric: Metric, models: Models) -> list[str]:
         end = ", so here the teacher did not help" if _clearly_better(metric, baseline, student) else ""
         article = "an" if metric.name[0] in "aeiou" else "a"
         reached = f"reaches {article} {metric.name} of {metric.text(baseline)}"
-        parts.append(f"trained without the teacher, the same student {reached}, {gap}{end}")
+        how = (
+            "pruned alike and trained on labels alone, it"
+            if is_pruned(models)
+            else ("trained without the teacher, the same student")
+        )
+        parts.append(f"{how} {reached}, {gap}{end}")
     if before and metric.measured(before) is not None:
-        parts.append(f"before training its {metric.name} was {metric.text(before)}")
+        parts.append(f"{_before(models)} its {metric.name} was {metric.text(before)}")
     if parts:
         together = "; ".join(parts)
         lines.append(f"{together[0].upper()}{together[1:]}.")
@@ -67,7 +72,7 @@ def _divergence(models: Models) -> list[str]:
     student = models["student"]
     # Nats a token of different tokens do not compare; bits a byte do.
     names = ("bits_per_byte",) if "kl_why" in student else ("kl", "nll")
-    measured = [_METRICS[name] for name in names if _METRICS[name].measured(student) is not None]
+    measured = [METRICS[name] for name in names if METRICS[name].measured(student) is not None]
     if not measured:
         return []
     metric = measured[0]
@@ -78,33 +83,63 @@ def _divergence(models: Models) -> list[str]:
         ("student_before", "before training"),
     ):
         value = metric.measured(models.get(name))
+        if name == "student_before" and is_pruned(models):
+            continue  # `_healed` says it
         if value is not None and (metric.name, name) != ("kl", "teacher"):
             beside.append(f"{metric.write(value)} {words}")
     called = {"kl": "KL to the teacher", "bits_per_byte": "nll in bits per byte of text"}
     line = f"The student's {called.get(metric.name, metric.name)} is {metric.text(student)}"
     if beside:
         line += f", against {' and '.join(beside)}"
-    agreement = _METRICS["top1_agreement"]
+    agreement = METRICS["top1_agreement"]
     if agreement.measured(student) is not None:
         line += f"; {agreement.text(student)} of its first choices are the teacher's"
     return [f"{line}."]
 
 
+def _healed(models: Models) -> list[str]:
+    """What training made of a student that was cut out of another model."""
+    if not is_pruned(models):
+        return []
+    before, student = models["student_before"], models["student"]
+    mine, whole, zero = (number(before.get(key)) for key in ("parameters", CUT_FROM, "sparsity"))
+    cuts = [f"Cut to {_share(mine / whole)} of the weights"] if mine and whole and mine < whole else []
+    cuts += [f"with {_share(zero)} of its weights at zero"] if zero else []
+    for name, words in (("kl", "KL to the teacher"), ("nll", "nll")):
+        metric = METRICS[name]
+        if metric.measured(before) is not None and metric.measured(student) is not None:
+            values = f"{metric.write(before[name])} before healing and is {metric.text(student)} after"
+            line = f"{', '.join([*cuts, f'its {words}'])} was {values}."
+            return [line[0].upper() + line[1:]]
+    return []
+
+
+def _before(models: Models) -> str:
+    return "before healing" if is_pruned(models) else "before training"
+
+
 def _quantized(scores: list[Metric], models: Models) -> list[str]:
-    size, student = _METRICS["size_mib"], models["student"]
-    lines = []
-    for name in [name for name in models if name.startswith("student-")]:
+    """What each smaller model of the student takes and keeps: a line each, or one for three and more."""
+    size, student, kl = METRICS["size_mib"], models["student"], METRICS["kl"]
+    lines, short = [], []
+    for name in [name for name in ordered(models) if name.startswith("student-")]:
         quantized = models[name]
-        parts = []
+        parts, values = [], []
         mine, whole = size.measured(quantized), size.measured(student)
         if mine is not None:
             of = f" ({_share(mine / whole)} of the student)" if whole else ""
             parts.append(f"takes {size.text(quantized)}{of}")
+            values.append(size.text(quantized))
         for metric in [metric for metric in scores if metric.measured(quantized) is not None]:
             parts.append(f"scores {metric.text(quantized)} {metric.name}, {_gap(metric, quantized, student)}")
+            values.append(f"{metric.text(quantized)} {metric.name}")
+        if not scores and kl.measured(quantized) is not None and kl.measured(student) is not None:
+            parts.append(f"has a KL to the teacher of {kl.text(quantized)}, {_gap(kl, quantized, student)}")
+            values.append(f"KL {kl.write(quantized['kl'])}")
         if parts:
             lines.append(f"{name} {' and '.join(parts)}.")
-    return lines
+            short.append(f"{name} {', '.join(values)}")
+    return lines if len(lines) < 3 else [f"Smaller models of it: {'; '.join(short)}."]
 
 
 def _decoded(models: Models) -> list[str]:
@@ -119,7 +154,7 @@ def _decoded(models: Models) -> list[str]:
 
 
 def _share_of_parameters(models: Models) -> str:
-    metric = _METRICS["parameters"]
+    metric = METRICS["parameters"]
     mine, theirs = metric.measured(models.get("student")), metric.measured(models.get("teacher"))
     return f" at {_share(mine / theirs)} of its parameters" if mine and theirs else ""
 

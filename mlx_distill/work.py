@@ -2,6 +2,7 @@
 
 import gc
 from dataclasses import dataclass, field
+from typing import Literal
 
 import mlx.core as mx
 import numpy as np
@@ -10,6 +11,8 @@ from mlx_distill import models
 from mlx_distill.files import write_folder
 from mlx_distill.models import Loaded
 from mlx_distill.preflight import Prepared
+from mlx_distill.prune.vocabulary import with_vocabulary
+from mlx_distill.quantize.teacher import in_few_bits
 from mlx_distill.recipe import Recipe
 from mlx_distill.run import Run
 from mlx_distill.self_teacher import without_adapters
@@ -17,6 +20,7 @@ from mlx_distill.student import make_student
 from mlx_distill.teacher import Layers, LiveTeacher
 
 PROBE = 64  # tokens; logits of all positions are kept
+PRUNED = "pruned"  # folder in `models/` of a student that was cut out, as it is before training
 
 
 @dataclass
@@ -33,11 +37,16 @@ class Work:
         if place not in self._loaded:
             name = self.recipe.teachers[place].model
             if place in self.recipe.self_taught:
-                plain = self.recipe.student.model_copy(update={"method": "full"})
-                student = make_student(plain, self.prepared.tokenizer, self.recipe.seed)
-                self._loaded[place] = student._replace(tokenizer=self.prepared.tokenizer)
+                student = self.new_student("full")._replace(tokenizer=self.prepared.tokenizer)
+                self._loaded[place] = student
             else:
-                self._loaded[place] = models.load(name, f"{place}.model")
+                grid = self.recipe.teachers[place].quantize
+                loaded = models.load(name, f"{place}.model", lazy=grid is not None)
+                if grid is not None:
+                    loaded = in_few_bits(loaded, grid)
+                if self.prepared.kept_tokens is not None:  # last: it runs the model, which then is in memory
+                    loaded = with_vocabulary(loaded, self.prepared.tokenizer, self.prepared.kept_tokens)
+                self._loaded[place] = loaded
         return self._loaded[place]
 
     def lend(self, student: Loaded) -> None:
@@ -84,6 +93,15 @@ class Work:
         tokens = rows[0].tokens if rows else self.prepared.prompts[0].tokens
         return tokens[:PROBE]
 
-    def new_student(self) -> Loaded:
-        """The student before training. A loaded one still has its own tokenizer and chat template."""
-        return make_student(self.recipe.student, self.prepared.tokenizer, self.recipe.seed)
+    def new_student(self, method: Literal["full", "lora", "dora"] | None = None) -> Loaded:
+        """The student before training. A loaded one still has its own tokenizer and chat template.
+
+        Args:
+            method: which parameters move; None: as the recipe says.
+        """
+        options = self.recipe.student
+        if method is not None:
+            options = options.model_copy(update={"method": method})
+        if options.prune is not None:  # the stage `prune` has cut it out
+            options = options.model_copy(update={"prune": None, "model": str(self.run.model(PRUNED))})
+        return make_student(options, self.prepared.tokenizer, self.recipe.seed)

@@ -13,7 +13,7 @@ import pytest
 import workshop
 from workshop import command, process
 
-from mlx_distill import memory, models, pipeline
+from mlx_distill import learning, memory, models, pipeline
 from mlx_distill.cache.reader import CachedTeacher
 
 CACHED = [
@@ -78,20 +78,20 @@ def test_a_run_from_a_cache_is_a_run_with_a_live_teacher(
     assert command(folder, capsys, "train", *live).code == 0
     teachers: list[weakref.ref[nn.Module]] = []
     alive: list[bool] = []
-    load, train = models.load, pipeline.train
+    load, train = models.load, learning.train
 
-    def spy(name: str, where: str) -> models.Loaded:
-        loaded = load(name, where)
+    def spy(name: str, where: str, **options: Any) -> models.Loaded:
+        loaded = load(name, where, **options)
         if where == "teacher.model":
             teachers.append(weakref.ref(loaded.model))
         return loaded
 
-    def look(*arguments: Any) -> Any:
+    def look(*arguments: Any, **options: Any) -> Any:
         alive.append(teachers[0]() is not None)
-        return train(*arguments)
+        return train(*arguments, **options)
 
     monkeypatch.setattr(models, "load", spy)
-    monkeypatch.setattr(pipeline, "train", look)
+    monkeypatch.setattr(learning, "train", look)
     gc.disable()  # memory of an accelerator does not make Python collect: what is let go must be gone at once
     try:
         assert command(folder, capsys, "train", *options, f"name={name}").code == 0

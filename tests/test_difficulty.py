@@ -167,7 +167,13 @@ def test_a_run_keeps_to_its_difficulties_when_it_goes_on(
     ended = command(folder, capsys, "train", "recipe.yaml", *changes)
     assert ended.code == 0, ended.err
     run = folder / "runs" / "tiny"
-    assert list(json.loads((run / "stages.json").read_text())) == ["generate", "score", "cache", "train"]
+    assert list(json.loads((run / "stages.json").read_text())) == [
+        "generate",
+        "score",
+        "cache",
+        "prune",
+        "train",
+    ]
     before = (run / "samples" / "difficulty.jsonl").read_bytes()
     whole = (run / "models" / "student" / "model.safetensors").read_bytes()
     stages = json.loads((run / "stages.json").read_text())

@@ -38,6 +38,11 @@ NUMBERS = {
     "Curriculum": "[curriculum](#traincurriculum)",
     "Shape": "[shape](#studentshape)",
     "NewTokenizer": "[tokenizer](#studenttokenizer)",
+    "Prune": "[prune](#studentprune)",
+    "KeptSizes": "[sizes](#studentprunesizes)",
+    "Sparsity": "[sparsity](#studentprunesparsity)",
+    "Grid": "[quantize](#teacherquantize)",
+    "Bits": "2, 3, 4, 5, 6, 8",
 }
 BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 PLACES = {  # where a class of options.py stands in a recipe, in the order of a batch
@@ -45,7 +50,11 @@ PLACES = {  # where a class of options.py stands in a recipe, in the order of a 
     "Student": "student",
     "Shape": "student.shape",
     "NewTokenizer": "student.tokenizer",
+    "Prune": "student.prune",
+    "KeptSizes": "student.prune.sizes",
+    "Sparsity": "student.prune.sparsity",
     "Teacher": "teacher",
+    "Grid": "teacher.quantize",
     "Data": "data",
     "Source": "source",
     "Reasoning": "data.reasoning",
@@ -58,6 +67,7 @@ PLACES = {  # where a class of options.py stands in a recipe, in the order of a 
     "Quantize": "quantize",
     "Evaluate": "evaluate",
     "Export": "export",
+    "Compress": "compress",
 }
 INTRODUCTION = """\
 # Every option of a recipe

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
-from tiny import SHAPE, Ids, tiny_recipe, tiny_tokenizer
+from tiny import EXPERTS, SHAPE, Ids, tiny_recipe, tiny_tokenizer
 
 from mlx_distill import memory, models
 from mlx_distill.memory import GIB, Estimate, breakdown, decisions, estimate, with_sources
@@ -50,11 +50,12 @@ def measured(recipe: Any, student: nn.Module) -> tuple[float, float, float]:
     "student",
     [
         {"shape": {**SHAPE, "num_key_value_heads": 1, "tie_word_embeddings": False}},
+        {"shape": {**SHAPE, **EXPERTS}},
         {"model": "student", "method": "full"},
         {"model": "student", "method": "lora", "rank": 4},
         {"model": "student", "method": "lora", "rank": 4, "layers": 1},
     ],
-    ids=["new", "full", "lora", "lora of a layer"],
+    ids=["new", "new with experts", "full", "lora", "lora of a layer"],
 )
 def test_weights_gradients_and_moments_are_those_of_the_model(
     student: dict[str, Any], folders: dict[str, Path]
@@ -83,6 +84,22 @@ def recipe_with(student: dict[str, Any], **teacher: Any) -> Recipe:
             "train": {"steps": 4, "learning_rate": 1e-2},
         }
     )
+
+
+def test_a_token_takes_the_memory_of_the_experts_that_it_meets(tmp_path: Path) -> None:
+    """Two of four experts of width 64 take that of one layer of width 128, built or loaded."""
+    wide = {**SHAPE, "model_type": "qwen3", "intermediate_size": 128}
+    models.save(tmp_path, models.build(Shape(**{**SHAPE, **EXPERTS}), tiny_tokenizer(), 0))
+    students: list[dict[str, Any]] = [
+        {"shape": wide},
+        {"shape": {**SHAPE, **EXPERTS}},
+        {"model": str(tmp_path)},
+    ]
+    kept = [
+        estimate(recipe_with(student), {"teacher": tmp_path, "student": tmp_path}, V).activations
+        for student in students
+    ]
+    assert kept[0] == kept[1] == kept[2]
 
 
 def test_activations_follow_tokens_and_layers(folders: dict[str, Path]) -> None:

@@ -10,7 +10,7 @@ import workshop
 from mlx.utils import tree_flatten
 from workshop import command
 
-from mlx_distill import pipeline, recipe
+from mlx_distill import learning, pipeline, recipe
 from mlx_distill.console import Console
 
 LORA = "student={model: student, method: lora, rank: 4}"
@@ -65,14 +65,14 @@ def test_the_teacher_of_a_run_is_the_model_under_the_adapters(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not a second copy, though the answers before training were written by one."""
-    plain, shared = pipeline.train, []
+    plain, shared = learning.train, []
 
     def train(student: Any, teachers: Any, *rest: Any) -> Any:
         ours = {id(array) for _, array in tree_flatten(student.parameters())}
         shared.extend(id(array) in ours for _, array in tree_flatten(teachers[0].model.parameters()))
         return plain(student, teachers, *rest)
 
-    monkeypatch.setattr(pipeline, "train", train)
+    monkeypatch.setattr(learning, "train", train)
     data = "data={prompts: good.jsonl, max_tokens: 128}"
     answers = "generate={max_tokens: 40, temperature: 1.0, samples: 4}"
     nothing = "evaluate={tasks: []}"

@@ -13,7 +13,7 @@ from workshop import command, contents
 
 from mlx_distill import pipeline, recipe
 from mlx_distill.console import Console
-from mlx_distill.options import Endpoint, Sampling, Section, Shape
+from mlx_distill.options import Compress, Endpoint, Sampling, Section, Shape
 from mlx_distill.recipe import Recipe
 
 WHOLE = [
@@ -250,6 +250,7 @@ def test_a_full_drive_can_be_gone_on_from(
 
 # Options that none of the runs below reads, and why not.
 UNREAD = {
+    **{f"Compress.{name}": "of `mlx-distill compress`: test_compress" for name in Compress.model_fields},
     "NewTokenizer.pieces": "a tokenizer of the student's own: test_preflight, test_spans",
     "NewTokenizer.byte_fallback": "as above",
     **{f"Endpoint.{name}": "a server answers: test_endpoint_runs" for name in Endpoint.model_fields},
@@ -272,9 +273,20 @@ def test_a_run_reads_every_option(folder: Path, finished: Path, read_by_whole: s
             "train.curriculum={by: length}",
             "objective={cross_entropy: }",
         ],
+        "pruned": [
+            "student={prune: {ratio: 0.5, axes: [feed_forward, layers], layers_by: loss, rounds: 2, heal: 1, "
+            "tokens: 300, sparsity: {share: 0.3}}}",
+            "teacher={model: teacher, quantize: {bits: 8, group_size: 32}}",
+            "quantize={bits: 4, group_size: 32, mixed: [2, 4, 8], rows: 4}",
+        ],
+        "aware": [
+            "student={prune: {model: teacher, sizes: {num_hidden_layers: 1}, vocabulary: true}}",
+            "quantize={method: qad, bits: 4, group_size: 32, steps: 2, rank: 2}",
+        ],
     }
     for name, overrides in others.items():
-        run(folder, f"name={name}", *overrides, *FAST, upto="train", read=read)
+        upto = "quantize" if name in ("pruned", "aware") else "train"
+        run(folder, f"name={name}", *overrides, *FAST, upto=upto, read=read)
     sections = [Recipe, *(set(_below(Section)) - {Recipe, Shape, Sampling})]
     everything = {f"{section.__name__}.{name}" for section in sections for name in section.model_fields}
     assert sorted(everything - read) == sorted(UNREAD)

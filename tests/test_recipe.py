@@ -13,7 +13,7 @@ from mlx_distill.strict_yaml import parse_yaml
 TEXT = """
 name: tiny
 student:
-  shape: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}
+  shape: {hidden_size: 64, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}
 teacher: {model: embedded}
 data: {train: good.jsonl, test: {source: pocket, rows: 5}}
 objective:
@@ -133,7 +133,7 @@ def test_the_last_override_wins(file: Path) -> None:
             "unknown key `student.shape.hiden_size`; did you mean `student.shape.hidde",
         ),
         ("data.train.row=4", "unknown key `data.train.row`; did you mean `data.train.rows`?"),
-        ("quantize.zzz=4", "unknown key `quantize.zzz`; known here: bits, group_size"),
+        ("quantize.zzz=4", "unknown key `quantize.zzz`; known here: bits, dtype, gib, group_size"),
         (
             "objective.forward_kll=",
             "unknown loss `objective.forward_kll`; did you mean `objective.forward_kl`?",
@@ -181,12 +181,16 @@ def test_the_last_override_wins(file: Path) -> None:
         ("data.train={}", "missing key `data.train.source`"),
         ("data.train=null", "`data`: needs `train` (rows with answers), `prompts` (rows without), or both"),
         ("student=null", "`student`: a mapping; got null"),
-        ("student.model=x", "`student`: needs either `model` (load one) or `shape` (build one), not both"),
-        ("student.shape=null", "`student`: needs either `model`"),
+        (
+            "student.model=x",
+            "`student`: needs one of `model` (load one), `shape` (build one) and `prune` (cut one out), "
+            "not several",
+        ),
+        ("student.shape=null", "`student`: needs one of `model`"),
         ("student.method=lora", "`student`: method 'lora' adapts a loaded model; a new `shape` needs 'full'"),
         ("student.dropout=0.1", "`student`: `dropout` acts inside LoRA or DoRA matrices"),
         ("student.tokenizer.pieces=99", "`student.tokenizer`: with a teacher the student uses the teacher's"),
-        ("student.shape.num_attention_heads=3", "`student.shape`: hidden_size 32 is no multiple of 3"),
+        ("student.shape.num_attention_heads=3", "`student.shape`: hidden_size 64 is no multiple of 3"),
         ("student.shape.num_key_value_heads=3", "`student.shape`: 2 attention heads are no multiple of 3"),
         ("student.shape.head_dim=3", "`student.shape`: the size of a head must be even"),
         ("name=../../etc", "`name`: letters, digits and . _ -, the first a letter or digit; got '../../etc'"),

@@ -127,7 +127,8 @@ def _corpora(loaded: Recipe) -> dict[str, Source]:
 @each_real
 def test_a_recipe_for_real_models_names_them_and_files_of_yours(file: Path) -> None:
     loaded = recipe.load(file)
-    assert loaded.student.model and is_name(loaded.student.model)
+    student = loaded.student.prune.model if loaded.student.prune else loaded.student.model
+    assert student and is_name(student)
     assert loaded.teacher
     named = [loaded.data.prompts, loaded.data.valid, loaded.data.test]
     if loaded.teacher.model != "student":  # self-distillation needs no labels

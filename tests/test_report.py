@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mlx_distill.errors import DataError, NotFound, RunFolderError
-from mlx_distill.metrics import COST, QUALITY, count
+from mlx_distill.metrics import COST, QUALITY, count, ordered
 from mlx_distill.report import write_comparison, write_report
 from mlx_distill.verdict import verdict
 
@@ -322,3 +322,82 @@ def test_across_tokenizers_the_verdict_compares_bytes_not_tokens():
         "The student's nll in bits per byte of text is 1.100, against 0.800 for the teacher and 1.200 for "
         "the baseline."
     ]
+
+
+PRUNED = {
+    **MODELS,
+    "student_before": {
+        **MODELS["student_before"],
+        "pass@1": 0.031,
+        "kl": 2.5,
+        "weights_before_pruning": 393216,
+    },
+}
+
+
+def test_of_a_pruned_student_the_verdict_says_what_healing_did():
+    lines = verdict(PRUNED)
+    assert lines[1] == (
+        "Pruned alike and trained on labels alone, it reaches a pass@1 of 24.3 ± 1.4 %, 63.8 ± 1.7 points "
+        "less; before healing its pass@1 was 3.1 %."
+    )
+    assert lines[2].startswith(
+        "The student's KL to the teacher is 0.120 nats/token, against 0.951 for the baseline;"
+    )
+    assert lines[3] == (
+        "Cut to 50 % of the weights, its KL to the teacher was 2.500 before healing and is 0.120 nats/token "
+        "after."
+    )
+    assert not any("before training" in line for line in lines)
+
+
+def test_of_a_sparse_student_it_says_how_many_weights_are_zero():
+    before = {**PRUNED["student_before"], "weights_before_pruning": 196608, "sparsity": 0.48}
+    line = verdict({**PRUNED, "student_before": before})[3]
+    assert line.startswith("With 48 % of its weights at zero, its KL to the teacher was 2.500 before healing")
+    both = verdict({**PRUNED, "student_before": {**before, "weights_before_pruning": 393216}})[3]
+    assert both.startswith("Cut to 50 % of the weights, with 48 % of its weights at zero, its KL")
+    assert not any("healing" in line for line in verdict(MODELS)), "of another student nothing is said"
+
+
+def test_the_controls_of_a_pruned_student_have_their_own_names(tmp_path: Path):
+    html = write_report(make_run(tmp_path / "cut", models=PRUNED)).read_text()
+    for name in ("pruned, before healing", "baseline: pruned and trained on labels alone"):
+        assert html.count(name) > 2, "in the table and in the samples"
+    assert "student before training" not in html and "baseline, no teacher" not in html
+    plain = make_run(tmp_path / "plain", name="plain")
+    both = Page(write_comparison([tmp_path / "cut", plain], tmp_path / "both.html").read_text()).text
+    assert "student before training" in both and "pruned, before healing" not in both
+
+
+SMALLER = {
+    f"student-{name}": {**MODELS["student-4bit"], "size_mib": size, "pass@1": score}
+    for name, size, score in (("3bit", 0.19, 0.61), ("mxfp4", 0.22, 0.84), ("8bit", 0.4, 0.879))
+}
+
+
+def test_several_quantized_models_stand_from_the_largest_to_the_smallest(tmp_path: Path):
+    models = {**SMALLER, **MODELS}
+    assert ordered(models)[4:] == ["student-8bit", "student-4bit", "student-mxfp4", "student-3bit"]
+    html = write_report(make_run(tmp_path / "run", models=models)).read_text()
+    places = [html.index(f"</i>{name}</th>") for name in ordered(models)[4:]]
+    assert places == sorted(places)
+
+
+def test_many_quantized_models_are_one_line_of_the_verdict():
+    lines = [line for line in verdict({**MODELS, **SMALLER}) if "student-" in line]
+    assert lines == [
+        "Smaller models of it: student-8bit 0.40 MiB, 87.9 ± 1.1 % pass@1; student-4bit 0.24 MiB, 86.0 ± 1.1 "
+        "% pass@1; student-mxfp4 0.22 MiB, 84.0 ± 1.1 % pass@1; student-3bit 0.19 MiB, 61.0 ± 1.1 % pass@1."
+    ]
+
+
+def test_without_a_score_a_quantized_model_is_told_by_its_kl():
+    scoreless = {
+        name: {key: value for key, value in metrics.items() if not key.startswith("pass@1")}
+        for name, metrics in MODELS.items()
+    }
+    assert verdict(scoreless)[1] == (
+        "student-4bit takes 0.24 MiB (33 % of the student) and has a KL to the teacher of 0.144 nats/token, "
+        "0.024 more."
+    )

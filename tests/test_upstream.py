@@ -206,7 +206,7 @@ def test_a_saved_model_keeps_its_weights_in_memory_and_on_disk(tmp_path):
 
 
 def test_quantize_model_changes_the_model_in_place_and_the_configuration_in_a_copy():
-    """Export quantizes a copy of the student and writes the configuration that comes back."""
+    """test_quantize compares what we make with what it makes; we call `nn.quantize`, which it calls too."""
     from mlx_lm.utils import quantize_model
 
     model, config = tiny(hidden_size=64, intermediate_size=64, head_dim=32)
@@ -215,6 +215,131 @@ def test_quantize_model_changes_the_model_in_place_and_the_configuration_in_a_co
     assert quantized["quantization"] == quantized["quantization_config"]
     assert {"group_size": 32, "bits": 4}.items() <= quantized["quantization"].items()
     assert "quantization" not in config
+
+
+# --- quantization -------------------------------------------------------------------------------
+
+
+def affine_grid(group: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """What MLX makes of a group of weights: the values, by its definition in float64, and the step."""
+    last = 2**bits - 1
+    low, high = group.min(-1, keepdims=True), group.max(-1, keepdims=True)
+    step = np.maximum((high - low) / last, 1e-7)
+    below = np.abs(low) > np.abs(high)
+    edge, step = np.where(below, low, high), np.where(below, step, -step)
+    steps = np.rint(edge / step)
+    step = np.where(steps == 0, step, edge / np.where(steps == 0, 1, steps))
+    bias = np.where(steps == 0, 0, edge)
+    return step * np.clip(np.rint((group - bias) / step), 0, last) + bias, np.abs(step)
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_the_affine_grid_has_zero_and_the_larger_end_on_it(bits, size):
+    """Not min and max, as MLX's documentation says: one end may lie up to a step beyond the grid.
+
+    So a weight that is zero, such as a pruned one, stays zero, to a ten-thousandth of a step: q s + b is
+    computed in float32, and need not be 0 there.
+    """
+    random = np.random.default_rng(0)
+    around_zero, positive = random.normal(size=(64, 256)), random.normal(size=(64, 256)) * 0.1 + 1
+    for weights in (around_zero, positive, -positive):
+        weights = weights.astype(np.float32)
+        weights[:, ::7] = 0
+        stored = mx.quantize(mx.array(weights), size, bits)
+        values = np.array(mx.dequantize(*stored, size, bits)).reshape(-1, size)
+        group = weights.reshape(-1, size)
+        expected, step = affine_grid(group.astype(np.float64), bits)
+        equal = np.abs(values - expected) < 1e-3 * step
+        assert equal.mean() > 0.9999  # of weights halfway between two values either may be taken
+        assert (np.abs(values - expected) < 1.001 * step).all()
+        assert (np.abs(values - group) < 1.001 * step).all()
+        assert (np.abs(values) / step)[group == 0].max() < 1e-4
+
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+E4M3 = np.array([(m / 8 + (e > 0)) * 2.0 ** (max(e, 1) - 7) for e in range(16) for m in range(8)][:-1])
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "values", "scale_of"),
+    [
+        ("mxfp4", 32, E2M1, lambda scales: 2.0 ** (scales - 127.0)),
+        ("mxfp8", 32, E4M3, lambda scales: 2.0 ** (scales - 127.0)),
+        ("nvfp4", 16, E2M1, lambda scales: np.append(E4M3, np.nan)[scales]),
+    ],
+)
+def test_floating_point_grids_are_those_of_their_formats(mode, size, values, scale_of):
+    """Each weight becomes the nearest value times its group's scale; there are no biases."""
+    weights = np.random.default_rng(0).normal(size=(64, 128)).astype(np.float32)
+    stored, scales, *_ = mx.quantize(mx.array(weights), mode=mode)
+    found = mx.dequantize(stored, scales, mode=mode).astype(mx.float32)
+    grid = scale_of(np.array(scales).reshape(-1, 1, 1)) * np.concatenate([-values, values])
+    group = weights.reshape(-1, size, 1)
+    nearest = np.abs(grid - group).min(-1)
+    lost = np.abs(np.array(found).reshape(-1, size) - weights.reshape(-1, size))
+    assert np.allclose(lost, nearest, atol=1e-6)
+
+
+def test_an_embedding_in_floating_point_modes_gives_bfloat16():
+    """So a model in these modes computes in bfloat16 from there on, whatever its norms are stored in."""
+    tokens, table = mx.array([1, 2]), nn.Embedding(8, 64)
+    assert table.to_quantized(mode="mxfp4")(tokens).dtype == mx.bfloat16
+    assert table.to_quantized(bits=4)(tokens).dtype == mx.float32
+
+
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
+MOE |= {"mlp_only_layers": [], "norm_topk_prob": True, "rope_theta": 1e4, "head_dim": 32}
+
+
+def test_quantize_model_fails_where_groups_of_64_do_not_divide_a_router():
+    """Why a router may have groups of 32 with us."""
+    from mlx_lm.utils import quantize_model
+
+    model, config = tiny("qwen3_moe", hidden_size=96, **MOE)
+    with pytest.raises(ValueError, match="divisible by the quantization group size 64"):
+        quantize_model(model, config, 32, 4)
+
+
+def test_gptq_rounds_routers_as_all_else():
+    """Why `layerwise` hides from it what has a grid of its own."""
+    from mlx_lm.quant.gptq import gptq_quantize
+
+    assert parameters_of(gptq_quantize) == [
+        "model",
+        "data",
+        "bits",
+        "group_size",
+        "fallback_bits",
+        "fallback_group_size",
+        "batch_size",
+    ]
+    model, _ = tiny("qwen3_moe", hidden_size=64, **MOE)
+    path, _ = "model.layers.0.mlp.gate", gptq_quantize(model, mx.ones((1, 4), mx.int32), 4, 32, 4, 32)
+    assert dict(model.named_modules())[path].bits == 4 and model.quant_predicate(path, None)["bits"] == 8
+
+
+def test_gptq_has_2_4_and_8_bits():
+    """Why other widths are refused with it, see options.Quantize."""
+    from mlx_lm.quant.gptq import quantize
+
+    for bits in (3, 5, 6):
+        with pytest.raises(AssertionError, match="Unsupported bits"):
+            quantize(mx.zeros((1, 32)), bits, mx.ones((1, 1)), mx.zeros((1, 1)))
+
+
+def test_awq_knows_these_types():
+    """`quantize.checks` has the list, to refuse others without importing mlx-lm."""
+    from mlx_lm.quant.awq import AWQ_MODEL_CONFIGS, awq_quantize
+
+    from mlx_distill.quantize.checks import AWQ_TYPES
+
+    assert tuple(sorted(AWQ_MODEL_CONFIGS)) == AWQ_TYPES
+    given = {"group_size", "bits", "embed_group_size", "embed_bits"}
+    assert parameters_of(awq_quantize)[:3] == ["model", "inputs", "awq_config"]
+    assert given <= set(parameters_of(awq_quantize))
+    # It names the matrices of a DeepSeek-V2-Lite, which has no low-rank queries.
+    assert "q_proj" in AWQ_MODEL_CONFIGS["deepseek_v2"].scale_configs[0].layers
 
 
 # --- mlx-lm: generation ---------------------------------------------------------------------------

@@ -20,6 +20,7 @@ SHAPE = {
     "num_attention_heads": 2,
     "max_position_embeddings": 128,
 }
+EXPERTS = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2}
 TEXTS = [f"def solve(x):\n    return x + {i}\n" for i in range(100)]
 
 

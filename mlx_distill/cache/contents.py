@@ -41,8 +41,9 @@ def contents_of(
                 "config.json has no `num_hidden_layers`; use live"
             )
         hidden = sorted(teacher_layers(recipe.objective, layers[0], depth).hidden)
+    rounded = "" if options.quantize is None else f" {_digest(options.quantize.model_dump())}"
     return described(
-        teacher=weights,
+        teacher=weights + rounded,
         tokenizer=_digest(sorted(tokenizer.get_vocab().items())),
         chat_template=_digest(getattr(tokenizer, "chat_template", None)),
         count=recipe.data.count,

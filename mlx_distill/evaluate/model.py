@@ -5,6 +5,8 @@ from pathlib import Path
 from statistics import fmean as mean
 from typing import Any, NamedTuple
 
+from mlx.utils import tree_flatten
+
 from mlx_distill.data.batch import Encoded
 from mlx_distill.data.rows import Row
 from mlx_distill.data.template import decode_answer, encode_prompt, end_of_turn_ids
@@ -18,6 +20,8 @@ from mlx_distill.generate import generate
 from mlx_distill.models import Loaded, parameter_count
 from mlx_distill.options import Evaluate, Reasoning
 from mlx_distill.progress import Progress, silent
+from mlx_distill.prune.sparse import sparsity_of
+from mlx_distill.quantize.rounding import bits_per_weight
 from mlx_distill.reasoning import split
 from mlx_distill.teacher import LiveTeacher
 
@@ -85,6 +89,8 @@ def measure(
     seed: int = 0,
     reasoning: Reasoning | None = None,
     timed: bool = True,
+    sparse: bool = False,
+    unlike: str | None = None,
     progress: Progress = silent,
 ) -> tuple[dict[str, Any], list[list[Judged]]]:
     """Measure one model, the same way whichever it is.
@@ -98,6 +104,9 @@ def measure(
         seed: of the answers that are drawn.
         reasoning: the marks around worked steps, which are no part of an answer.
         timed: False for a model of the student's shape, whose speed would be measured twice.
+        sparse: whether the share of weights that are zero is counted too.
+        unlike: why the weights in `folder` are not those that are measured: their size is then that of the
+            arrays in memory, and their speed, for which a folder is opened, is not known.
 
     Returns:
         METRICS of `evaluation.json`, and what the model wrote: for each row of the test set one entry an
@@ -125,10 +134,17 @@ def measure(
         scores, judged = judge(name, loaded, test.rows, options, progress, **drawn)
         metrics |= scores
     metrics["parameters"] = parameter_count(loaded.model)
-    if folder is not None:
+    if "quantization" in loaded.config:
+        metrics["bits_per_weight"] = bits_per_weight(loaded.model)
+    if sparse:
+        metrics["sparsity"] = sparsity_of(loaded.model)
+    if unlike is not None:
+        arrays: Any = tree_flatten(loaded.model.parameters())
+        metrics["size_mib"] = sum(array.nbytes for _, array in arrays) / 2**20
+    elif folder is not None:
         metrics["size_mib"] = sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 2**20
     if "speed" in options.tasks:
-        metrics |= _speed(folder if timed else None, test)
+        metrics |= _speed(folder if timed and unlike is None else None, test, unlike)
     return metrics, judged
 
 
@@ -216,8 +232,8 @@ def judge(
     return metrics, judged
 
 
-def _speed(folder: Path | None, test: TestSet) -> dict[str, Any]:
-    """Speed and memory, in a fresh process."""
+def _speed(folder: Path | None, test: TestSet, unlike: str | None = None) -> dict[str, Any]:
+    """Speed and memory, in a fresh process; null without a folder, with the reason."""
     names = (
         "prefill_tokens_per_second",
         "decode_tokens_per_second",
@@ -225,6 +241,6 @@ def _speed(folder: Path | None, test: TestSet) -> dict[str, Any]:
         "peak_memory_gib",
     )
     if folder is None:
-        why = "it has the shape, and so the speed, of the student"
+        why = unlike or "it has the shape, and so the speed, of the student"
         return dict.fromkeys(names) | {f"{name}_why": why for name in names}
     return fresh_look(folder, test.encoded[0].tokens, speed=True).speed

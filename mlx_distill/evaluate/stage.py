@@ -14,16 +14,17 @@ from mlx_distill.evaluate.exits import early_answers, exits_of
 from mlx_distill.evaluate.fresh import check_equal, fresh_look
 from mlx_distill.evaluate.model import SCORERS, Judged, TestSet, measure
 from mlx_distill.files import write_json
+from mlx_distill.metrics import CUT_FROM
 from mlx_distill.models import Loaded
 from mlx_distill.options import Evaluate
-from mlx_distill.work import Work
+from mlx_distill.work import PRUNED, Work
 
 
 def evaluate_models(work: Work) -> dict[str, Any]:
     """Measure every model of the run on `data.test`, and write `evaluation.json`."""
     if not work.recipe.evaluate.tasks:
         return {}
-    prepared, options = work.prepared, work.recipe.evaluate
+    prepared, options, cut = work.prepared, work.recipe.evaluate, work.recipe.student.prune
     test = _test_set(prepared.test_rows, prepared.test, prepared.tokenizer)
     live = work.comparable_teacher()
     stages = work.run.stages()
@@ -50,12 +51,14 @@ def evaluate_models(work: Work) -> dict[str, Any]:
             seed=work.recipe.seed,
             reasoning=work.recipe.data.reasoning,
             timed=name != "baseline",
+            sparse=cut is not None and cut.sparsity is not None,
+            unlike=_unlike(work) if name == "teacher" else None,
             progress=work.run.progress,
         )
+        source = {"student": "train"}.get(name, name)
         for key in ("train_tokens", "train_seconds"):
-            source = {"student": "train"}.get(name, name)
-            if key in stages.get(source, {}):
-                metrics[name][key] = stages[source][key]
+            if key in stages.get(source, {}):  # both were healed alike between rounds of pruning
+                metrics[name][key] = stages[source][key] + stages.get("prune", {}).get(key, 0)
 
     first = prepared.teachers.get("teacher")
     if first is not None:
@@ -66,15 +69,18 @@ def evaluate_models(work: Work) -> dict[str, Any]:
             theirs = _test_set(prepared.test_rows, encoded, first.tokenizer)
         add("teacher", work.teacher(), first.folder, theirs, first.vocabulary)
     before = models.fused(work.new_student())
+    cut_out = None if work.recipe.student.prune is None else work.run.model(PRUNED)
     if work.recipe.teacher is not None and work.recipe.teacher.model == "student":
         # It is the teacher, and would answer the same again.
         silent = [task for task in options.tasks if task not in SCORERS]
-        add("student_before", before, None, how=options.model_copy(update={"tasks": silent}))
+        add("student_before", before, cut_out, how=options.model_copy(update={"tasks": silent}))
         metrics["student_before"] = metrics["teacher"] | metrics["student_before"]
         answers["student_before"] = answers["teacher"]
     else:
-        add("student_before", before, None)
-    saved = ["baseline", "student"] + ([stages["quantize"]["model"]] if work.recipe.quantize else [])
+        add("student_before", before, cut_out)
+    if cut is not None:
+        metrics["student_before"][CUT_FROM] = stages["prune"]["of"]
+    saved = ["baseline", "student", *stages["quantize"].get("models", [])]
     for name in saved:
         folder = work.run.model(name)
         if name == "baseline" and "why" in stages["baseline"]:
@@ -99,6 +105,16 @@ def evaluate_models(work: Work) -> dict[str, Any]:
     )
     work.run.write_rows("evaluation", _side_by_side(test, answers))
     return {"models": list(metrics)}
+
+
+def _unlike(work: Work) -> str | None:
+    """Why the teacher that teaches is not the one on disk; None if it is."""
+    kept, teacher = work.prepared.kept_tokens, work.recipe.teacher
+    if teacher is None or teacher.model == "student":
+        return None
+    if teacher.quantize is not None:
+        return "it was rounded as it was loaded, and on disk its weights are whole"
+    return None if kept is None else f"it teaches with {len(kept)} of its tokens, and on disk it has them all"
 
 
 def _test_set(rows: list[Row], encoded: list[Encoded], tokenizer: Any) -> TestSet:
@@ -131,9 +147,9 @@ def export_student(work: Work) -> dict[str, Any]:
     if "mlx" not in work.recipe.export.formats:
         return {}
     result: dict[str, Any] = {}
-    quantize = work.recipe.quantize
-    names = ["student", *(f"student-exit{layer}" for layer in exits_of(work.recipe))]
-    for name in names + ([f"student-{quantize.bits}bit"] if quantize else []):
+    cut_out = [] if work.recipe.student.prune is None else [PRUNED]
+    names = [*cut_out, "student", *(f"student-exit{layer}" for layer in exits_of(work.recipe))]
+    for name in [*names, *work.run.stages().get("quantize", {}).get("models", [])]:
         folder = work.run.model(name)
         expected = np.load(work.run.folder / "probes" / f"{name}.npy", allow_pickle=False)
         text = decode_answer(work.probe(), work.prepared.tokenizer)

@@ -13,6 +13,12 @@ from mlx_distill.hub import model_folder
 from mlx_distill.keys import seed_global
 from mlx_distill.options import Shape
 
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+
 
 class Loaded(NamedTuple):
     """A model with what belongs to it."""
@@ -22,12 +28,13 @@ class Loaded(NamedTuple):
     tokenizer: Any  # mlx-lm's TokenizerWrapper
 
 
-def load(name: str, where: str) -> Loaded:
+def load(name: str, where: str, *, lazy: bool = False) -> Loaded:
     """Load a model folder or Hub repository, after its files were checked.
 
     Args:
         name: folder, `org/name`, or `embedded` for the teacher that comes with the package.
         where: the recipe key that named it, for messages.
+        lazy: read no weight before it is used, for who makes something smaller of them.
 
     Raises:
         NotFound, ModelError: no such model, or its files are damaged or of an unknown type.
@@ -36,7 +43,7 @@ def load(name: str, where: str) -> Loaded:
 
     folder = model_folder(name, where)
     try:
-        model, config = load_model(folder, model_config=_rope(folder))
+        model, config = load_model(folder, lazy=lazy, model_config=_rope(folder))
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"`{where}`: {folder}: mlx-lm cannot load this model ({reason[:200]})") from None
@@ -81,8 +88,13 @@ def build(shape: Shape, tokenizer: Any, seed: int) -> Loaded:
     config["eos_token_id"] = tokenizer.eos_token_id
     if tokenizer.bos_token_id is not None:
         config["bos_token_id"] = tokenizer.bos_token_id
-    names = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-    config["architectures"] = [names[shape.model_type]]
+    if shape.num_experts is not None:
+        assert shape.num_experts_per_tok is not None
+        # Experts in every layer. As in Qwen's configs, `intermediate_size` is what a token goes through.
+        config |= {"moe_intermediate_size": shape.intermediate_size, "norm_topk_prob": True}
+        config |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+        config["intermediate_size"] *= shape.num_experts_per_tok
+    config["architectures"] = [ARCHITECTURES[shape.model_type]]
     seed_global(seed, "initial weights")
     model_class, arguments = _get_classes(config)
     model = model_class(arguments.from_dict(config))

@@ -1,0 +1,42 @@
+"""A model's config.json and the headers of its weight files, which tell all sizes without a weight read."""
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """What config.json holds."""
+    return json.loads((folder / "config.json").read_text())
+
+
+class Stored(NamedTuple):
+    """What the files of a model say of its tensors."""
+
+    bytes: int
+    numbers: int
+    shapes: dict[str, tuple[int, ...]]  # of every tensor, as stored
+
+    @property
+    def matrices(self) -> list[tuple[int, int]]:
+        """Outputs and inputs of each matrix in the layers; a quantized one counts as what it stands for."""
+        found = []
+        for name, shape in self.shapes.items():
+            if ".layers." in f".{name}" and name.endswith(".weight") and len(shape) == 2:
+                scales = self.shapes.get(name.removesuffix("weight") + "scales")
+                found.append((shape[0], 64 * scales[1] if scales else shape[1]))  # groups of 64, most often
+        return found
+
+
+def stored_sizes(folder: Path) -> Stored:
+    """Bytes, numbers and shapes of a model's tensors, from the headers of its files."""
+    total, shapes = 0, dict[str, tuple[int, ...]]()
+    for path in sorted(folder.glob("model*.safetensors")):
+        total += path.stat().st_size
+        with path.open("rb") as file:
+            [length] = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        shapes |= {name: tuple(told["shape"]) for name, told in header.items() if name != "__metadata__"}
+    return Stored(total, sum(math.prod(shape) for shape in shapes.values()), shapes)
