@@ -27,7 +27,7 @@ def check_objective(recipe: Recipe, folders: dict[str, Path], pruned: dict[str, 
     shape = recipe.student.shape
     own = pruned if shape is None else shape.model_dump()
     if own is not None:
-        configs |= {key: own for key in ("student", *recipe.self_taught)}
+        configs |= dict.fromkeys(("student", *recipe.self_taught), own)
     layers = {key: layers_of(config) for key, config in configs.items()}
     for name, term in recipe.objective.items():
         family, key = MENU[name].family, f"objective.{name}"

@@ -333,7 +333,7 @@ def test_an_update_moves_a_weight_by_that_share_of_a_step(bits: int, rank: int |
     fake.learn_weights(model, only_grid(model, bits), rank=rank)
     layer: Any = model.layers[0]  # type: ignore[attr-defined]
     _, step, _ = mx.quantize(layer.weight, 32, bits)
-    assert float(layer.unit) == pytest.approx(float(mx.abs(step).mean()), rel=0.25)
+    assert float(layer.unit) == pytest.approx(float(mx.abs(step).mean()), rel=0.4)  # some values lie beyond
     before = fake.moved(layer)
     name = "moves" if rank is None else "lora_b"
     layer[name] = layer[name] + 0.01
@@ -379,7 +379,7 @@ def _sums(student: Loaded, **options: Any) -> dict[str, mx.array]:
 def test_the_divergence_falls(options: dict[str, Any]) -> None:
     at, teacher, rows = level(**options), LiveTeacher(tiny_model(V), V), rows_of([20] * 16, seed=5)
     before = fidelity(learned.in_learning(tiny_model(V), at).model, rows, V, teacher=teacher)["kl"]
-    one = trained(at, 30)
+    one = trained(at, 60)
     assert fidelity(one.model, rows, V, teacher=teacher)["kl"] < 0.8 * before
     saved = learned.finished(tiny_model(V), at, None, fake.learned(one.model))
     assert fidelity(saved.model, rows, V, teacher=teacher)["kl"] < 0.8 * before
@@ -444,7 +444,12 @@ def test_a_student_without_lessons_learns_on_the_questions(monkeypatch: pytest.M
     ("sections", "line"),
     [
         (
-            {"teacher": None, "objective": {"cross_entropy": {}}, "quantize": {"towards": "teacher"}},
+            {
+                "student": {"shape": None, "model": "x"},
+                "teacher": None,
+                "objective": {"cross_entropy": {}},
+                "quantize": {"towards": "teacher"},
+            },
             "`quantize.towards` teacher: the recipe names no `teacher`; use student",
         ),
         (

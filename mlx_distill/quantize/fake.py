@@ -115,8 +115,10 @@ def of_codes(layer: Any, rows: mx.array | None = None) -> mx.array:
 def nearest(layer: Any, rows: mx.array | None = None) -> mx.array:
     """The weights rounded to the nearest on MLX's grid; the gradient passes as if they were not."""
     weight, (grid, dtype) = moved(layer, rows), layer.stored
-    parts = mx.quantize(mx.stop_gradient(weight).astype(dtype), **grid)
-    rounded = mx.dequantize(*parts, dtype=dtype, **grid).astype(mx.float32)
+    whole = mx.stop_gradient(weight).astype(dtype)
+    # Where `mx.compile` fuses rounding with what comes before it, MLX 0.32.4 raises an IndexError.
+    [whole] = mx.depends([whole], [whole])
+    rounded = mx.dequantize(*mx.quantize(whole, **grid), dtype=dtype, **grid).astype(mx.float32)
     # Not weight + (rounded - weight), which is off by a rounding of its own.
     return (mx.stop_gradient(rounded) + (weight - mx.stop_gradient(weight))).astype(dtype)
 
