@@ -1,5 +1,7 @@
 """Keeps what `mlx-distill compress` measured, draws docs/frontier.svg from it, and prints it as a table.
 
+Quality against size alone: timings need a machine that does nothing else meanwhile.
+
 python benchmarks/frontier_plot.py runs/frontier-frontier/frontier.json
 python benchmarks/frontier_plot.py       # draws the newest of results/frontier.jsonl again
 """
@@ -17,7 +19,8 @@ import matplotlib.pyplot as plt
 
 DOCS = Path(__file__).parent.parent / "docs"
 COLORS = ("#1f6feb", "#d9822b", "#2a9d6f", "#8a4bb5")
-KEPT = ("run", "model", "ratio", "parameters", "size_gib", "kl", "ms_per_token", "front")
+KEPT = ("run", "model", "ratio", "parameters", "size_gib", "kl", "bits_per_weight")
+HEAD = ("model", "weights", "bits a weight", "MiB", "pass@1, %", "KL", "on the front")
 
 
 def keep(path: Path) -> None:
@@ -28,9 +31,10 @@ def keep(path: Path) -> None:
     for point in tree["points"]:
         config = {key: point.get(key) for key in KEPT}
         config |= {"stderr": point.get(f"{score}_stderr"), "line": tree["line"]["score"]}
-        picked = tree["pick"] == {"run": point["run"], "model": point["model"]}
-        line = {"name": f"{tree['name']}: {point['run']} {point['model']}", "value": point[score]}
-        lines.append({**line, "unit": score, "config": {**config, "pick": picked}})
+        config["front"] = point["front"]["size"]
+        config["pick"] = tree["pick"] == {"run": point["run"], "model": point["model"]}
+        name = f"{tree['name']}: {point['run']} {point['model']}"
+        lines.append({"name": name, "value": point[score], "unit": score, "config": config})
     record("frontier", lines)
 
 
@@ -40,6 +44,51 @@ def newest() -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in text.splitlines()]
     of_commit = [line for line in lines if line["commit"] == lines[-1]["commit"]]
     return list({line["name"]: line for line in of_commit}.values())
+
+
+def row(point: dict[str, Any]) -> list[str]:
+    config = point["config"]
+    name = "teacher" if config["model"] == "teacher" else f"{config['run']} {config['model']}"
+    bits, kl = config["bits_per_weight"], config["kl"]
+    return [
+        f"**{name}**" if config["pick"] else name,
+        f"{config['parameters']:,}",
+        "32" if bits is None else f"{bits:.1f}",
+        f"{1024 * config['size_gib']:.2f}",
+        f"{100 * point['value']:.1f} ± {100 * config['stderr']:.1f}",
+        "" if kl is None else f"{kl:.3f}",
+        "yes" if config["front"] else "",
+    ]
+
+
+def draw(points: list[dict[str, Any]]) -> None:
+    figure, axes = plt.subplots(figsize=(6.4, 4.0))
+    runs = list(dict.fromkeys(point["config"]["run"] for point in points))
+    for point in points:
+        config, teacher = point["config"], point["config"]["model"] == "teacher"
+        at, value, spread = 1024 * config["size_gib"], 100 * point["value"], 100 * config["stderr"]
+        color = "#555555" if teacher else COLORS[runs.index(config["run"]) % len(COLORS)]
+        axes.errorbar([at], [value], yerr=[spread], color=color, fmt="D" if teacher else "o", markersize=5)
+        short = config["model"].removeprefix("student-")
+        axes.annotate(short, (at, value), (4, -11), textcoords="offset points", fontsize=7, color=color)
+        if config["pick"]:
+            axes.plot([at], [value], "o", mfc="none", mec="#000000", markersize=14)
+    front = sorted(
+        (1024 * one["config"]["size_gib"], 100 * one["value"]) for one in points if one["config"]["front"]
+    )
+    axes.step(*zip(*front, strict=True), where="post", color="#999999", linewidth=1, zorder=0)
+    axes.axhline(100 * points[0]["config"]["line"], color="#000000", linestyle="--", linewidth=0.8)
+    axes.set(xscale="log", xlabel="MiB on disk", ylabel="pass@1, %", ylim=(-4, 106))
+    ticks = (0.1, 0.2, 0.5, 1, 2, 5)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.grid(alpha=0.3)
+    for color, run in zip(COLORS, runs, strict=False):
+        axes.plot([], [], "o", color=color, label=run)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.tight_layout()
+    plt.rcParams["svg.hashsalt"] = "frontier"
+    figure.savefig(DOCS / "frontier.svg", metadata={"Date": None})
 
 
 def main() -> None:
@@ -52,57 +101,8 @@ def main() -> None:
         keep(arguments.frontier)
     points = newest()
     draw(points)
-    print(
-        "\n| model | weights | MiB | pass@1, % | KL | ms a token | front of |\n|---|---|---|---|---|---|---|"
-    )
-    for point in points:
-        print(row(point))
-
-
-def row(point: dict[str, Any]) -> str:
-    config = point["config"]
-    name = "teacher" if config["model"] == "teacher" else f"{config['run']} {config['model']}"
-    kl = "" if config["kl"] is None else f"{config['kl']:.3f}"
-    fronts = ", ".join(cost for cost, on in config["front"].items() if on)
-    cells = [f"**{name}**" if config["pick"] else name, f"{config['parameters']:,}"]
-    cells += [
-        f"{1024 * config['size_gib']:.3f}",
-        f"{100 * point['value']:.1f} ± {100 * config['stderr']:.1f}",
-    ]
-    speed = f"{config['ms_per_token']:.2f}"
-    return f"| {' | '.join([*cells, kl, speed, fronts])} |"
-
-
-def draw(points: list[dict[str, Any]]) -> None:
-    figure, both = plt.subplots(1, 2, figsize=(9.6, 3.9), sharey=True)
-    runs = list(dict.fromkeys(point["config"]["run"] for point in points))
-    costs = (("size", "MiB on disk"), ("latency", "milliseconds a token"))
-    for axes, (cost, title) in zip(both, costs, strict=True):
-        front = []
-        for point in points:
-            config, teacher = point["config"], point["config"]["model"] == "teacher"
-            at = 1024 * config["size_gib"] if cost == "size" else config["ms_per_token"]
-            color = "#555555" if teacher else COLORS[runs.index(config["run"]) % len(COLORS)]
-            value, spread = 100 * point["value"], 100 * config["stderr"]
-            axes.errorbar([at], [value], yerr=[spread], color=color, fmt="D" if teacher else "o")
-            short = "teacher" if teacher else config["model"].removeprefix("student-")
-            axes.annotate(short, (at, value), (5, -9), textcoords="offset points", fontsize=7, color=color)
-            if config["pick"]:
-                axes.plot([at], [value], "o", mfc="none", mec="#000000", markersize=14)
-            if config["front"][cost]:
-                front.append((at, value))
-        front.sort()
-        axes.step(*zip(*front, strict=True), where="post", color="#999999", linewidth=1, zorder=0)
-        axes.axhline(100 * points[0]["config"]["line"], color="#000000", linestyle="--", linewidth=0.8)
-        axes.set(xscale="log", xlabel=title, ylim=(-4, 104))
-        axes.grid(alpha=0.3)
-    both[0].set_ylabel("pass@1, %")
-    for color, run in zip(COLORS, runs, strict=False):
-        both[0].plot([], [], "o", color=color, label=run)
-    both[0].legend(frameon=False, fontsize=8, loc="lower right")
-    figure.tight_layout()
-    plt.rcParams["svg.hashsalt"] = "frontier"
-    figure.savefig(DOCS / "frontier.svg", metadata={"Date": None})
+    for cells in [HEAD, ["---"] * len(HEAD), *map(row, points)]:
+        print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

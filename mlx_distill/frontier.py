@@ -114,7 +114,8 @@ def sentence(found: Frontier) -> str:
     score, teacher = METRICS[found.score], found.teacher
     best = found.pick if found.pick is not None else found.closest
     if best is None or teacher is None or found.line is None:
-        why = f"no student has a {found.score}" if best is None else f"the teacher has no {found.score} above 0"
+        lacking = "no student has a" if best is None else "the teacher has no positive"
+        why = f"{lacking} {found.score}"
         return f"Nothing can be picked: {why}."
     wanted = f"{m.percent(found.share).removesuffix('.0')} % of the teacher's {found.score}"
     limit = f"({score.write(found.line)}{f' {score.unit}' if score.unit else ''})"

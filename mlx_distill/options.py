@@ -500,7 +500,7 @@ class Quantize(Section):
     mixed: list[Bits] = []  # widths that a layer may have, more where it harms more; []: all have `bits`
     gib: PositiveFloat | None = None  # with `mixed`: size of the weights, in place of `bits`
     dtype: Literal["float32", "float16", "bfloat16"] | None = None  # of all else; null: as the student has it
-    towards: Literal["teacher", "student"] | None = None  # dwq, qad: learn from; null: the teacher, if it fits
+    towards: Literal["teacher", "student"] | None = None  # dwq, qad: learn from; null: the teacher, if any
     steps: PositiveInt = 200  # dwq, qad: updates
     learning_rate: PositiveFloat = 0.01  # dwq, qad: peak, in steps of the grid that a weight is rounded to
     temperature: PositiveFloat = 1.0  # dwq, qad: of both distributions

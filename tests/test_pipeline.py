@@ -250,7 +250,10 @@ def test_a_full_drive_can_be_gone_on_from(
 
 # Options that none of the runs below reads, and why not.
 UNREAD = {
-    **{f"Compress.{name}": "of `mlx-distill compress`: test_compress" for name in Compress.model_fields},
+    "Prune.parameters": "a target in place of `ratio`: test_target",
+    "Prune.gib": "as above",
+    "Recipe.compress": "of `mlx-distill compress`: test_compress",
+    **{f"Compress.{name}": "as above" for name in Compress.model_fields},
     "NewTokenizer.pieces": "a tokenizer of the student's own: test_preflight, test_spans",
     "NewTokenizer.byte_fallback": "as above",
     **{f"Endpoint.{name}": "a server answers: test_endpoint_runs" for name in Endpoint.model_fields},

@@ -22,7 +22,6 @@ import mlx.nn as nn
 from mlx_distill.keys import key_word
 
 Values = Callable[[Any, mx.array | None], mx.array]  # of a layer: its weight, or some rows of it
-LEARNED = ("low", "high", "moves", "lora_a", "lora_b")  # names of what learns in such a layer
 
 
 class Stored(NamedTuple):
@@ -108,8 +107,7 @@ def scales_of(layer: Any, rows: mx.array | None = None) -> tuple[mx.array, mx.ar
 
 def of_codes(layer: Any, rows: mx.array | None = None) -> mx.array:
     """Codes times scales plus biases."""
-    codes = mx.stop_gradient(_of(layer, "weight", rows))
-    return mx.dequantize(codes, *scales_of(layer, rows), **layer.stored.grid)
+    return mx.dequantize(_of(layer, "weight", rows), *scales_of(layer, rows), **layer.stored.grid)
 
 
 def nearest(layer: Any, rows: mx.array | None = None) -> mx.array:
@@ -169,5 +167,5 @@ def _learning(plain: type[nn.Module], values: Values) -> type[nn.Module]:
     methods = {"__call__": over("__call__")}
     if issubclass(plain, nn.Embedding):  # only the rows that are looked up
         methods = {"__call__": values, "as_linear": over("as_linear")}
-    made: type[nn.Module] = type(f"Learning{plain.__name__}", (plain,), methods)
+    made: Any = type(f"Learning{plain.__name__}", (plain,), methods)
     return made
