@@ -1,6 +1,7 @@
 """Weights in few bits: the KL to the unquantized model by each method, and what a quantized teacher teaches.
 
     OPENBLAS_NUM_THREADS=1 python benchmarks/quantize_bench.py methods --models FOLDER
+    OPENBLAS_NUM_THREADS=1 python benchmarks/quantize_bench.py elsewhere --models FOLDER
     OPENBLAS_NUM_THREADS=1 python benchmarks/quantize_bench.py taught
     OPENBLAS_NUM_THREADS=1 python benchmarks/quantize_bench.py ratios
     python benchmarks/quantize_bench.py --table
@@ -14,6 +15,8 @@
   and are kept where they are nearer on 64 rows of the validation split, as in a run. gptq has no 3 bits, and
   awq is measured at 3 and 4. `mixed qad` learns in the widths of `mixed`. Of the teacher these three are
   measured for seed 0 alone.
+- elsewhere: the students at 3 bits, learned on functions as above, and measured on 64 summaries, of which
+  they have seen none.
 - taught: the quickstart's student, taught for 100 steps by the teacher in few bits (weights rounded to the
   nearest and stored as floats again, which is faster on a CPU and the same numbers), its KL to the whole
   teacher and its loss on the same held-out rows.
@@ -152,8 +155,8 @@ class Measured:
     def load(self) -> Loaded:
         return models.load(self.source, "model")
 
-    def measure(self, method: str, bits: int) -> None:
-        """Quantize, measure, and keep the line."""
+    def measure(self, method: str, bits: int, name: str = "kl", rows: list[Encoded] | None = None) -> None:
+        """Quantize, measure on the test rows or on others, and keep the line."""
         started, more = time.process_time(), dict[str, Any]()
         options = {"bits": bits, "group_size": 32}
         if method in ("dwq", "qad"):
@@ -175,7 +178,7 @@ class Measured:
         seconds = time.process_time() - started
         arrays: Any = tree_flatten(made.model.parameters())
         size = sum(array.nbytes for _, array in arrays)
-        found = self.kl(as_floats(made), self.rows.test)
+        found = self.kl(as_floats(made), self.rows.test if rows is None else rows)
         config = {
             "seed": self.seed,
             "bytes": size,
@@ -183,7 +186,7 @@ class Measured:
             "group_size": 32,
             **more,
         }
-        name = f"kl, {self.kind}, {bits} bits, {method}"
+        name = f"{name}, {self.kind}, {bits} bits, {method}"
         record("quantize", [{"name": name, "value": found, "unit": "nats/token", "config": config}])
 
     def learn(self, method: str, options: dict[str, Any], bits: Any) -> tuple[Loaded, dict[str, Any]]:
@@ -217,6 +220,18 @@ def as_floats(loaded: Loaded) -> Loaded:
     from mlx_lm.utils import dequantize_model
 
     return loaded._replace(model=dequantize_model(loaded.model))
+
+
+def elsewhere(folder: Path) -> None:
+    """What was learned on functions, on summaries."""
+    known = {name_of(line) for line in kept_lines()}
+    for seed in SEEDS:
+        one = Measured("student", seed, folder)
+        tokenizer = one.load().tokenizer
+        rows = [encode(row, tokenizer, count="all") for row in pocket.rows("summary", "test", 64)]
+        for method in ("rtn", "dwq", "qad"):
+            if (f"kl on summaries, student, 3 bits, {method}", seed) not in known:
+                one.measure(method, 3, "kl on summaries", rows)
 
 
 def taught_in_few_bits() -> None:
@@ -312,6 +327,8 @@ def table() -> None:
         print(
             "| bytes | " + " | ".join(f"{line['config']['bytes']:,}" if line else "" for line in sizes), "|"
         )
+    for method in ("rtn", "dwq", "qad"):
+        print(f"on summaries, 3 bits, {method}: {cell(f'kl on summaries, student, 3 bits, {method}')}")
     print("\n| taught by | its own KL | student's KL to the whole teacher | nll |\n|---|---|---|---|")
     for bits in TAUGHT:
         name = f"student's kl, taught in {bits} bits" if bits else "student's kl, taught by the whole"
@@ -330,7 +347,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", choices=("methods", "taught", "ratios"))
+    parser.add_argument("what", nargs="?", choices=("methods", "elsewhere", "taught", "ratios"))
     parser.add_argument("--models", type=Path, help="folder of the students, made there once")
     parser.add_argument("--table", action="store_true", help="print what is kept, and run nothing")
     arguments = parser.parse_args()
@@ -342,10 +359,12 @@ def main() -> None:
         return
     if mx.default_device() == mx.cpu:
         mx.set_cache_limit(2 << 30)  # as in training on a CPU
-    if arguments.what is None or (arguments.what == "methods" and arguments.models is None):
-        parser.error("name what to measure, and for methods --models; or --table")
+    if arguments.what is None or (arguments.what != "taught" and arguments.models is None):
+        parser.error("name what to measure, and for methods and elsewhere --models; or --table")
     if arguments.what == "methods":
         methods(arguments.models)
+    elif arguments.what == "elsewhere":
+        elsewhere(arguments.models)
     else:
         taught_in_few_bits()
 

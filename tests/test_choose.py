@@ -88,7 +88,7 @@ def test_dead_heads_go_first(model_type: str) -> None:
 
 
 def test_dead_groups_go_first() -> None:
-    loaded = small_model("llama")
+    loaded = small_model("mistral")
     for layer, dead in enumerate((0, 1, 1, 0)):
         zero(loaded, ("v_proj",), "kv_heads", list(range(8 * dead, 8 * dead + 8)), layer=layer)
     kept = chosen(loaded, heads=2, kv_heads=1)
@@ -105,14 +105,14 @@ def test_dead_groups_go_first() -> None:
 )
 def test_dead_hidden_channels_go_first(names: tuple[str, ...]) -> None:
     """That nothing writes to, or that nothing reads."""
-    loaded = small_model("llama")
+    loaded = small_model("mistral")
     zero(loaded, names, "hidden", [0, 9, 31])
     whole = sizes_of(loaded.config).hidden
     assert sorted(set(range(whole)) - set(chosen(loaded, hidden=whole - 3).hidden.tolist())) == [0, 9, 31]
 
 
 def test_what_is_cut_first_changes_nothing_when_it_is_dead() -> None:
-    loaded = small_model("llama")
+    loaded = small_model("mistral")
     zero(loaded, ("down_proj",), "feed_forward", [1, 4, 40])
     zero(loaded, ("embed_tokens", "o_proj", "down_proj"), "hidden", [2, 8])
     zero(loaded, ("o_proj",), "heads", [*range(8), *range(24, 32)])
@@ -128,7 +128,7 @@ def test_what_is_cut_first_changes_nothing_when_it_is_dead() -> None:
 
 
 def test_important_units_stay_to_the_last() -> None:
-    loaded = small_model("llama")
+    loaded = small_model("mistral")
     scaled(loaded, "model.layers.2.mlp.down_proj.weight", 17, 30.0)
     scaled(loaded, "model.layers.3.self_attn.o_proj.weight", slice(16, 24), 30.0)  # head 2
     for name in ("self_attn.q_proj", "mlp.up_proj"):
@@ -238,7 +238,7 @@ def test_scores_by_activation_are_shares_of_what_the_next_matrix_makes(tied: boo
 
 
 def test_scores_by_magnitude_are_squares_of_all_weights_of_a_unit() -> None:
-    loaded = small_model("llama")
+    loaded = small_model("mistral")
     arrays = arrays_of(loaded)
     scores = Scores(loaded, "magnitude", measured(loaded), 0)
     part = {
@@ -289,7 +289,7 @@ def heads_by(
     scores: list[float], heads: int, kv_heads: int, own: list[float] | None = None
 ) -> tuple[Any, Any]:
     """Of six query heads in three groups, those that stay when they count so much."""
-    loaded = small_model("llama", num_attention_heads=6, num_key_value_heads=3, num_hidden_layers=1)
+    loaded = small_model("mistral", num_attention_heads=6, num_key_value_heads=3, num_hidden_layers=1)
     path = "model.layers.0.self_attn.o_proj.weight"
     weight = np.ones(arrays_of(loaded)[path].shape) * np.sqrt(np.repeat(scores, 8))
     loaded.model.load_weights([(path, mx.array(weight, dtype=mx.float32))], strict=False)
@@ -318,7 +318,7 @@ def test_groups_count_by_the_heads_that_would_stay_in_them() -> None:
 
 @pytest.mark.parametrize("group", [0, 1])
 def test_groups_of_large_keys_and_values_stay_by_magnitude(group: int) -> None:
-    loaded = small_model("llama")
+    loaded = small_model("mistral")
     path = "model.layers.1.self_attn.v_proj.weight"
     values = np.array(arrays_of(loaded)[path])
     values[8 * group : 8 * group + 8] *= 30
@@ -368,7 +368,7 @@ def test_layers_whose_loss_is_least_go_first() -> None:
 
 
 def test_layers_that_stay_keep_what_was_chosen_in_them() -> None:
-    loaded = small_model("llama")
+    loaded = small_model("mistral")
     zero(loaded, ("down_proj",), "feed_forward", [3], layer=2)
     changes = np.array([0.0, 1.0, 2.0, 0.0])
     kept = chosen(loaded, changes=changes, how={"layers_by": "loss"}, layers=2, feed_forward=47)
@@ -417,6 +417,6 @@ def test_every_choice_can_be_cut(model_type: str, by: By) -> None:
 
 
 def test_sizes_that_the_type_cannot_have_are_refused() -> None:
-    loaded = small_model("llama")
+    loaded = small_model("mistral")
     with pytest.raises(RecipeError, match="num_attention_heads"):
         chosen(loaded, heads=3, kv_heads=2)

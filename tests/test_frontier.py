@@ -112,7 +112,7 @@ def test_the_sentence_says_what_the_pick_costs_and_how_sure_it_is() -> None:
 def test_a_teacher_without_a_score_draws_no_line(teacher: dict[str, Any]) -> None:
     made = of({**HALF, "teacher": teacher})
     assert made.line is None and made.pick is None
-    assert sentence(made) == "Nothing can be picked: the teacher has no pass@1 above 0."
+    assert sentence(made) == "Nothing can be picked: the teacher has no positive pass@1."
     assert sentence(of({"teacher": TEACHER})) == "Nothing can be picked: no student has a pass@1."
 
 

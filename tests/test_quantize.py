@@ -524,7 +524,7 @@ def test_learned_methods_are_handed_the_level_and_the_bits(
     _, said = stage_of(method="qad", bits=3, mixed=[2, 4])
     assert (
         set(handed[1][1].values()) <= {2, 3, 4}
-        and {"kept", "kl_before"} <= said["measured"]["student-3bit"].keys()
+        and {"widths", "kl_before"} <= said["measured"]["student-3bit"].keys()
     )
 
 

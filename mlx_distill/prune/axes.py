@@ -32,6 +32,7 @@ __all__ = [
     "count_of",
     "everything",
     "fits",
+    "opens",
     "parameters_of",
     "possible_layers",
     "resized",
@@ -137,7 +138,7 @@ def resized(config: Mapping[str, Any], sizes: Sizes, layers: Sequence[int] | Non
         RecipeError: the type cannot have these sizes, or not these layers.
         Fault: these are not `sizes.layers` layers.
     """
-    check_sizes(config, sizes, "sizes")
+    _check_parts(config, sizes, "sizes")
     kind, values, old = type_of(config), read(config), sizes_of(config)
     if layers is None:
         layers = best_layers(config, [float(old.layers - n) for n in range(old.layers)], sizes.layers)
@@ -161,6 +162,24 @@ def check_sizes(config: Mapping[str, Any], sizes: Sizes, where: str) -> None:
     Raises:
         RecipeError: names the size by its key in config.json, and what would fit.
     """
+    _check_parts(config, sizes, where)
+    if not opens(config, sizes):
+        near = [n for n in range(1, sizes_of(config).heads + 1) if sizes.hidden % n == 0]
+        raise RecipeError(
+            f"`{where}`: {sizes.heads} num_attention_heads do not divide hidden_size {sizes.hidden}, and "
+            f"transformers opens no such {config['model_type']}; with this hidden_size take "
+            + ", ".join(map(str, near))
+        )
+
+
+def opens(config: Mapping[str, Any], sizes: Sizes) -> bool:
+    """Whether transformers, which loads the tokenizer, accepts these sizes, if it accepts the model's own."""
+    own = sizes_of(config)
+    bound = type_of(config).heads_divide and own.hidden % own.heads == 0
+    return not bound or sizes.hidden % sizes.heads == 0
+
+
+def _check_parts(config: Mapping[str, Any], sizes: Sizes, where: str) -> None:
     kind, values, old = type_of(config), read(config), sizes_of(config)
     for field, now in sizes._asdict().items():
         key, most = key_of(kind, field), getattr(old, field)
@@ -194,9 +213,9 @@ def check_sizes(config: Mapping[str, Any], sizes: Sizes, where: str) -> None:
 
 
 def fits(config: Mapping[str, Any], sizes: Sizes) -> bool:
-    """Whether a model of this type can be cut to these sizes."""
+    """Whether a model of this type can be cut to these sizes; `opens` asks more of them."""
     try:
-        check_sizes(config, sizes, "sizes")
+        _check_parts(config, sizes, "sizes")
     except RecipeError:
         return False
     return True

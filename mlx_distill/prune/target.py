@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from mlx_distill.errors import RecipeError
 from mlx_distill.options import KeptSizes, Prune
-from mlx_distill.prune.axes import best_layers, check_sizes, count_of, resized, shapes_of, sizes_of
-from mlx_distill.prune.ladders import Ladder, ladders_of
+from mlx_distill.prune.axes import best_layers, check_sizes, count_of, opens, resized, shapes_of, sizes_of
+from mlx_distill.prune.ladders import Ladder, Rung, ladders_of
 from mlx_distill.prune.reading import read, sparse_layers, type_of
 from mlx_distill.prune.sizes import Sizes
 
@@ -66,6 +66,8 @@ def rounds_of(
     for number in range(options.rounds - 1, 0, -1):
         most = int(whole * (_count(config, last) / whole) ** (number / options.rounds))
         rounds.insert(0, _largest(config, ladders, rounds[0], most))
+    for sizes in rounds:
+        check_sizes(config, sizes, where)
     for number, (before, after) in enumerate(pairwise([own, *rounds]), 1):
         if options.rounds > 1 and before == after:
             raise RecipeError(
@@ -153,20 +155,56 @@ def _reached(
 def _largest(config: Mapping[str, Any], ladders: Sequence[Ladder], least: Sizes, most: int) -> Sizes:
     """The largest sizes from `least` on that have at most so many weights; `least` has no more.
 
-    All axes stay as far as one common share takes them. Where rungs are so coarse that this leaves a tenth of
-    the weights over, one axis may go a rung further, and the others less far.
+    All axes stay as far as one common share takes them. Where that cannot be, because rungs are so coarse
+    that a tenth of the weights is left over, or heads do not divide the width, one axis may go a rung further,
+    or less far; of sizes that leave less over, the most even are taken.
     """
-    found = [_climbed(config, ladders, least, most)]
-    if _count(config, found[0]) >= 0.9 * most:
-        return found[0]
+
+    def shares(sizes: Sizes) -> list[float]:
+        axes = [next(iter(ladder[0])) for ladder in ladders]
+        return [getattr(sizes, axis) / ladder[-1][axis] for axis, ladder in zip(axes, ladders, strict=True)]
+
+    common = _climbed(config, ladders, least, most)
+    if opens(config, common) and _count(config, common) >= 0.9 * most:
+        return common
+    found = [common]
     for ladder in ladders:
         axis = next(iter(ladder[0]))
-        further = next((rung for rung in ladder if rung[axis] > getattr(found[0], axis)), None)
-        if further is not None and _count(config, least._replace(**further)) <= most:
+        reached = [rung[axis] for rung in ladder].index(getattr(common, axis))
+        for rung in ladder[max(0, reached - 1) : reached + 2]:
+            if rung[axis] < getattr(least, axis) or _count(config, least._replace(**rung)) > most:
+                continue
             others = [other for other in ladders if other is not ladder]
-            raised = _climbed(config, others, least._replace(**further), most)
-            found.append(_climbed(config, ladders, raised, most))
-    return max(found, key=lambda sizes: _count(config, sizes))  # the first of equals
+            if axis == "heads":  # with a width that they divide
+                others = [[one for one in other if _divided(config, one, rung)] for other in others]
+            raised = _climbed(config, [other for other in others if other], least._replace(**rung), most)
+            found.append(raised)
+    found = [_filled(config, ladders, sizes, most) for sizes in [*found, least] if opens(config, sizes)]
+    if not found:
+        return common  # which is refused, with what would do
+    enough = [sizes for sizes in found if _count(config, sizes) >= 0.9 * most]
+    if enough:
+        return min(enough, key=lambda sizes: max(shares(sizes)) - min(shares(sizes)))  # the first of equals
+    return max(found, key=lambda sizes: _count(config, sizes))
+
+
+def _filled(config: Mapping[str, Any], ladders: Sequence[Ladder], sizes: Sizes, most: int) -> Sizes:
+    """Sizes with one axis after another a rung further, the shortest first, while that is possible."""
+    while True:
+        steps = []
+        for place, ladder in enumerate(ladders):
+            axis = next(iter(ladder[0]))
+            further = [sizes._replace(**rung) for rung in ladder if rung[axis] > getattr(sizes, axis)]
+            step = next((one for one in further if opens(config, one)), None)
+            if step is not None and _count(config, step) <= most:
+                steps.append((getattr(step, axis) / ladder[-1][axis], place, step))
+        if not steps:
+            return sizes
+        sizes = min(steps)[2]
+
+
+def _divided(config: Mapping[str, Any], rung: Rung, heads: Rung) -> bool:
+    return "hidden" not in rung or opens(config, sizes_of(config)._replace(**rung, **heads))
 
 
 def _climbed(config: Mapping[str, Any], ladders: Sequence[Ladder], least: Sizes, most: int) -> Sizes:

@@ -70,6 +70,7 @@ class ModelType(NamedTuple):
     keys: Mapping[str, str] = NONE  # field of `Sizes` -> config key, where it is not the usual one
     defaults: Mapping[str, Any] = NONE  # of config keys, where mlx-lm has them
     reads_head_dim: bool = True  # else it is hidden_size / num_attention_heads, whatever the config says
+    heads_divide: bool = False  # transformers opens a folder only if the heads divide hidden_size
     tied: bool | None = None  # whether the embedding is the head too; None: as `tie_word_embeddings` says
     tied_by_weights: bool = False  # tied if no head is stored, whatever the config says
     norm_offset: float = 0.0  # norms multiply by this plus their weight
@@ -131,11 +132,12 @@ GLM4 = ModelType(
 )
 GEMMA = ModelType(layer={**NORMS, **ATTENTION}, tied=True, norm_offset=1.0, embedding_scale="exact")
 GEMMA2 = GEMMA._replace(
+    heads_divide=True,
     layer={
         **GEMMA.layer,
         "pre_feedforward_layernorm.weight": "hidden",
         "post_feedforward_layernorm.weight": "hidden",
-    }
+    },
 )
 GEMMA3 = GEMMA2._replace(
     layer={**GEMMA2.layer, **HEAD_NORMS},
@@ -182,7 +184,7 @@ TYPES: dict[str, ModelType] = {
     "gemma3_text": GEMMA3,
     "glm4": GLM4,
     "granite": LLAMA._replace(reads_head_dim=False),
-    "llama": LLAMA,
+    "llama": LLAMA._replace(heads_divide=True),
     "ministral3": LLAMA._replace(optional={}),
     "mistral": LLAMA,
     "mixtral": MIXTRAL,

@@ -52,7 +52,7 @@ def _made(work: Work, level: Level, harms: Harms | None) -> tuple[Loaded, dict[s
 
         del student  # it is loaded there again, beside what it learns from
         made, learned = learned_quantized(work, level, bits)
-        return made, told | learned
+        return made, {"widths": told} | learned if told else learned
     if options.method == "rtn":
         return quantized(student, level.grid, bits, options.dtype), told
     tokens = packed(calibration_rows(work, options.rows))
