@@ -106,7 +106,11 @@ def run(
         # What a stage depends on beside the fingerprint: where it is another now, the stage is done again.
         options = {
             "baseline": recipe.evaluate.baseline,
-            "quantize": recipe.quantize and recipe.quantize.model_dump(),
+            "quantize": recipe.quantize
+            and [
+                recipe.quantize.model_dump(),
+                digest(prepared.valid_rows if recipe.quantize.method in ("dwq", "qad") else []),
+            ],
             "evaluate": [
                 recipe.evaluate.model_dump(),
                 digest(prepared.test_rows),

@@ -69,7 +69,7 @@ def evaluate_models(work: Work) -> dict[str, Any]:
             theirs = _test_set(prepared.test_rows, encoded, first.tokenizer)
         add("teacher", work.teacher(), first.folder, theirs, first.vocabulary)
     before = models.fused(work.new_student())
-    cut_out = None if work.recipe.student.prune is None else work.run.model(PRUNED)
+    cut_out = None if cut is None else work.run.model(PRUNED)
     if work.recipe.teacher is not None and work.recipe.teacher.model == "student":
         # It is the teacher, and would answer the same again.
         silent = [task for task in options.tasks if task not in SCORERS]

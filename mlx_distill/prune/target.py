@@ -156,8 +156,8 @@ def _largest(config: Mapping[str, Any], ladders: Sequence[Ladder], least: Sizes,
     """The largest sizes from `least` on that have at most so many weights; `least` has no more.
 
     All axes stay as far as one common share takes them. Where that cannot be, because rungs are so coarse
-    that a tenth of the weights is left over, or heads do not divide the width, one axis may go a rung further,
-    or less far; of sizes that leave less over, the most even are taken.
+    that a tenth of the weights is left over, or heads do not divide the width, one axis may go a rung
+    further, or less far; of sizes that leave less over, the most even are taken.
     """
 
     def shares(sizes: Sizes) -> list[float]:
