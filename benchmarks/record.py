@@ -35,10 +35,12 @@ def record(bench: str, lines: list[dict[str, Any]]) -> None:
 
 
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    def git(*words: str) -> str:
+        command, folder = ["git", *words], Path(__file__).parent
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        changed = git("status", "--porcelain", "--", ":/", ":!/benchmarks/results")  # which it appends to
+        return git("describe", "--always", "--abbrev=12") + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
