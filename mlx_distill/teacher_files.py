@@ -36,13 +36,14 @@ def model_folders(recipe: Recipe, wanted: Callable[[str], bool]) -> dict[str, Pa
     Under `student` stands what the student is loaded from, or cut out of.
     """
     named = {key: one.model for key, one in recipe.teachers.items() if key not in recipe.self_taught}
+    prune, places = recipe.student.prune, {key: f"{key}.model" for key in named}
     if recipe.student.model is not None:
-        named["student"] = recipe.student.model
-    if recipe.student.prune is not None and recipe.student.prune.model is not None:
-        named["student"] = recipe.student.prune.model
-    found = {key: model_folder(name, f"{key}.model") for key, name in named.items() if wanted(name)}
+        named["student"], places["student"] = recipe.student.model, "student.model"
+    if prune is not None and prune.model is not None:
+        named["student"], places["student"] = prune.model, "student.prune.model"
+    found = {key: model_folder(name, places[key]) for key, name in named.items() if wanted(name)}
     check_teachers(recipe, found)
-    if recipe.student.prune is not None and recipe.student.prune.model is None and "teacher" in found:
+    if prune is not None and prune.model is None and "teacher" in found:
         found["student"] = found["teacher"]
     return found | {key: found["student"] for key in recipe.self_taught if "student" in found}
 

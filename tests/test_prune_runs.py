@@ -136,6 +136,11 @@ def test_the_plan_says_what_is_left(folder: Path, capsys: pytest.CaptureFixture[
         (["student={prune: {sizes: {num_experts: 2}}}"], ["num_experts"]),
         (["student={prune: {ratio: 0.5, parameters: 100}}"], ["ratio", "parameters"]),
         (["student={prune: {ratio: 0.5, axes: [experts]}}"], ["experts"]),
+        (["student={prune: {model: nowhere/at/all, ratio: 0.5}}"], ["student.prune.model", "nowhere/at/all"]),
+        (
+            ["student={prune: {ratio: 0.2, axes: [hidden]}}", "quantize={group_size: 64}"],
+            ["ratio", "group_size"],
+        ),
         (["student={prune: {ratio: 0.5, rounds: 2}}"], ["heal"]),
         (["student={prune: {dense: true}}"], ["dense", "llama"]),
         (["student={prune: {}}"], ["ratio", "sizes"]),

@@ -61,7 +61,7 @@ def rounds_of(
         if target is None:
             return [own]
         ladders = ladders_of(config, options.axes, where, group_size=group_size)
-        last = _reached(config, ladders, target, options, where)
+        last = _reached(config, ladders, target, options, where, group_size)
     rounds = [last]
     for number in range(options.rounds - 1, 0, -1):
         most = int(whole * (_count(config, last) / whole) ** (number / options.rounds))
@@ -126,7 +126,12 @@ def _changed(own: Sizes, sizes: Sizes) -> list[str]:
 
 
 def _reached(
-    config: Mapping[str, Any], ladders: Sequence[Ladder], target: Target, options: Prune, where: str
+    config: Mapping[str, Any],
+    ladders: Sequence[Ladder],
+    target: Target,
+    options: Prune,
+    where: str,
+    group_size: int,
 ) -> Sizes:
     """The largest sizes within the target."""
     own = least = sizes_of(config)
@@ -144,6 +149,7 @@ def _reached(
         alone = f", of which {tokens:,} are for its {own.vocabulary:,} tokens"
         moves += [] if options.vocabulary else ["set `vocabulary: true`"]
     moves = [move for move in moves if move.split("`")[1] not in options.axes]
+    moves += [f"take a smaller `quantize.group_size` than {group_size}"] if group_size > 32 else []
     sizes = ", ".join(f"{axis} {getattr(least, axis)}" for axis in _changed(own, least))
     raise RecipeError(
         f"{target.said}: at most {target.most:,} of {count_of(config):,} weights may stay, and the smallest "
