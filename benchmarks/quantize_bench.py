@@ -12,9 +12,8 @@
   float32, so that every method at one width takes the same bytes, those of `mixed` at most. The value is the
   mean KL(unquantized || quantized) over all labels of 150 functions of the held-out split, which nothing is
   learned or chosen by. dwq and qad learn towards the unquantized model, at the defaults but for the steps,
-  and are kept where they are nearer on 64 rows of the validation split, as in a run. gptq has no 3 bits, and
-  awq is measured at 3 and 4. `mixed qad` learns in the widths of `mixed`. Of the teacher these three are
-  measured for seed 0 alone.
+  and are kept where they are nearer on 64 rows of the validation split, as in a run. gptq has no 3 bits.
+  `mixed qad` learns in the widths of `mixed`.
 - elsewhere: the students at 3 bits, learned on functions as above, and measured on 64 summaries, of which
   they have seen none.
 - taught: the quickstart's student, taught for 100 steps by the teacher in few bits (weights rounded to the
@@ -68,13 +67,12 @@ MIXED = [2, 3, 4, 6]
 METHODS = {
     "rtn": BITS,
     "mixed": (3, 4),
-    "awq": (3, 4),
+    "awq": (2, 3, 4, 8),
     "gptq": (2, 4, 8),
     "dwq": BITS,
     "qad": BITS,
     "mixed qad": (3, 4),
 }
-OF_ONE_SEED = ("awq", "gptq", "mixed qad")  # of the teacher
 TAUGHT = (None, 8, 4, 3, 2)
 
 
@@ -134,8 +132,6 @@ def methods(folder: Path) -> None:
         for seed in SEEDS:
             one = Measured(kind, seed, folder)
             for method, widths in METHODS.items():
-                if kind == "teacher" and method in OF_ONE_SEED and seed:
-                    continue
                 for bits in widths:
                     if (f"kl, {kind}, {bits} bits, {method}", seed) not in known:
                         one.measure(method, bits)
