@@ -1,4 +1,4 @@
-"""A recipe: what a run is made of. Every option stands in `options.py`; here they are put together.
+"""A recipe: what a run is made of. Every option stands in `options/`; here they are put together.
 
 `load` reads strict YAML, applies `section.key=value` overrides and returns a frozen `Recipe`, or
 raises one `RecipeError` that lists every mistake with its path.

@@ -1,6 +1,6 @@
 """The docs say what the code does: options, commands, links, names, messages.
 
-`python tests/test_docs.py` writes docs/recipe.md anew after a change of options.py.
+`python tests/test_docs.py` writes docs/recipe.md anew after a change of options.
 """
 
 import ast
@@ -19,7 +19,7 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS, *sorted((ROOT / "recipes").rglob("README.md"))]
 each = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 
-OPTIONS = [ROOT / "mlx_distill" / name for name in ("options.py", "recipe.py")]
+OPTIONS = [*sorted((ROOT / "mlx_distill" / "options").glob("*.py")), ROOT / "mlx_distill" / "recipe.py"]
 NUMBERS = {
     "PositiveInt": "whole number > 0",
     "NonNegativeInt": "whole number >= 0",
@@ -45,7 +45,7 @@ NUMBERS = {
     "Bits": "2, 3, 4, 5, 6, 8",
 }
 BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-PLACES = {  # where a class of options.py stands in a recipe, in the order of a batch
+PLACES = {  # where a class of options stands in a recipe, in the order of a batch
     "Recipe": "",
     "Student": "student",
     "Shape": "student.shape",
@@ -72,7 +72,7 @@ PLACES = {  # where a class of options.py stands in a recipe, in the order of a 
 INTRODUCTION = """\
 # Every option of a recipe
 
-Made from `mlx_distill/options.py` by `python tests/test_docs.py`; a test compares the two.
+Made from `mlx_distill/options/` by `python tests/test_docs.py`; a test compares the two.
 
 A recipe is strict YAML. Its top-level keys are the modules that a batch meets, in that order. An unknown,
 missing, doubled or wrongly typed key stops the run before a weight is read, and all mistakes are said at
@@ -91,7 +91,7 @@ left out) and options of its own: [losses.md](losses.md).
 
 
 def options_page() -> str:
-    """docs/recipe.md, from the classes of options.py, their docstrings and the comments of their fields."""
+    """docs/recipe.md, from the classes of the options, their docstrings and the comments of their fields."""
     classes: dict[str, ast.ClassDef] = {}
     comments: dict[ast.stmt, str] = {}
     for path in OPTIONS:
@@ -188,7 +188,7 @@ def commands_in(text: str) -> list[list[str]]:
 
 def test_the_list_of_options_is_up_to_date() -> None:
     assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == options_page(), (
-        "options.py has changed; run: python tests/test_docs.py"
+        "the options have changed; run: python tests/test_docs.py"
     )
 
 

@@ -208,6 +208,14 @@ def test_one_mistake_is_one_line(file: Path, override: str, message: str) -> Non
     assert found[0].startswith(message)
 
 
+def test_heads_of_a_llama_divide_its_width_whatever_their_size(file: Path) -> None:
+    """transformers opens no other; a qwen3 may be so."""
+    odd = ["student.shape.num_attention_heads=3", "student.shape.head_dim=32"]
+    [found] = mistakes(file, *odd)
+    assert found.startswith("`student.shape`: hidden_size 64 is no multiple of 3")
+    assert load(file, [*odd, "student.shape.model_type=qwen3"]).student.shape is not None
+
+
 def test_a_layer_that_is_computed_again_would_drop_other_inputs(file: Path) -> None:
     student = "student={model: x, method: lora, dropout: 0.1}"
     [found] = mistakes(file, student, "train.gradient_checkpointing=true")
