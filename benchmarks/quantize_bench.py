@@ -11,9 +11,9 @@
   seeds draw the rows. Each is quantized at 2, 3, 4 and 8 bits in groups of 32 with scales and biases in
   float32, so that every method at one width takes the same bytes, those of `mixed` at most. The value is the
   mean KL(unquantized || quantized) over all labels of 150 functions of the held-out split, which nothing is
-  learned or chosen by. dwq and qad learn towards the unquantized model, at the defaults but for the steps,
-  and are kept where they are nearer on 64 rows of the validation split, as in a run. gptq has no 3 bits.
-  `mixed qad` learns in the widths of `mixed`.
+  learned or chosen by. dwq and qad learn towards the unquantized model, at the defaults but for the steps.
+  They, awq and gptq are kept where they are nearer on 64 rows of the validation split, as in a run. gptq has
+  no 3 bits. `mixed qad` learns in the widths of `mixed`.
 - elsewhere: the students at 3 bits, learned on functions as above, and measured on 64 summaries, of which
   they have seen none.
 - taught: the quickstart's student, taught for 100 steps by the teacher in few bits (weights rounded to the
@@ -155,13 +155,14 @@ class Measured:
         """Quantize, measure on the test rows or on others, and keep the line."""
         started, more = time.process_time(), dict[str, Any]()
         options = {"bits": bits, "group_size": 32}
+        level = levels(Quantize.model_validate(options))[0]
         if method in ("dwq", "qad"):
             made, more = self.learn(method, options, None)
         elif method == "mixed qad":
             made, more = self.learn("qad", options, self.mixed_bits(options))
         elif method == "mixed":
             chosen = self.mixed_bits(options)
-            made = quantized(self.load(), levels(Quantize.model_validate(options))[0].grid, chosen)
+            made = quantized(self.load(), level.grid, chosen)
         else:
             level = levels(Quantize.model_validate({**options, "method": method}))[0]
             tokens = packed(self.rows.train[:64])
@@ -174,6 +175,8 @@ class Measured:
         seconds = time.process_time() - started
         arrays: Any = tree_flatten(made.model.parameters())
         size = sum(array.nbytes for _, array in arrays)
+        if method in ("awq", "gptq"):
+            made, more = self.nearer(quantized(self.load(), level.grid), made)
         found = self.kl(as_floats(made), self.rows.test if rows is None else rows)
         config = {
             "seed": self.seed,
@@ -184,6 +187,12 @@ class Measured:
         }
         name = f"{name}, {self.kind}, {bits} bits, {method}"
         record("quantize", [{"name": name, "value": found, "unit": "nats/token", "config": config}])
+
+    def nearer(self, rounded: Loaded, made: Loaded) -> tuple[Loaded, dict[str, Any]]:
+        """What was made, if it is nearer than the rounded model on validation rows; both become floats."""
+        before, after = (self.kl(as_floats(one), self.rows.valid) for one in (rounded, made))
+        told = {"valid_before": before, "valid_after": after, "kept": after < before}
+        return made if after < before else rounded, told
 
     def learn(self, method: str, options: dict[str, Any], bits: Any) -> tuple[Loaded, dict[str, Any]]:
         steps = STEPS[self.kind]

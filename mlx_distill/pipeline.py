@@ -109,7 +109,7 @@ def run(
             "quantize": recipe.quantize
             and [
                 recipe.quantize.model_dump(),
-                digest(prepared.valid_rows if recipe.quantize.method in ("dwq", "qad") else []),
+                digest(prepared.valid_rows if recipe.quantize.method != "rtn" else []),  # they judge
             ],
             "evaluate": [
                 recipe.evaluate.model_dump(),

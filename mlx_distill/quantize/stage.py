@@ -5,6 +5,7 @@ from typing import Any
 
 from mlx_distill import models
 from mlx_distill.data.batch import Encoded
+from mlx_distill.evaluate.fidelity import fidelity
 from mlx_distill.keys import generator
 from mlx_distill.lessons import lessons
 from mlx_distill.models import Loaded
@@ -12,6 +13,7 @@ from mlx_distill.quantize.layerwise import awq_quantized, gptq_quantized, packed
 from mlx_distill.quantize.levels import Level, levels
 from mlx_distill.quantize.mixed import Harms, allocated, layer_harms
 from mlx_distill.quantize.rounding import bits_per_weight, quantized
+from mlx_distill.teacher import LiveTeacher
 from mlx_distill.work import Work
 
 
@@ -57,7 +59,31 @@ def _made(work: Work, level: Level, harms: Harms | None) -> tuple[Loaded, dict[s
         return quantized(student, level.grid, bits, options.dtype), told
     tokens = packed(calibration_rows(work, options.rows))
     by_layer = awq_quantized if options.method == "awq" else gptq_quantized
-    return by_layer(student, level, tokens), told
+    return _nearer(work, level, by_layer(student, level, tokens))
+
+
+def _nearer(work: Work, level: Level, made: Loaded) -> tuple[Loaded, dict[str, Any]]:
+    """What was made, or the student merely rounded where that is no further from the student before.
+
+    It is measured on `data.valid`, or without it on the rows of the calibration.
+    """
+    rows = work.prepared.valid or calibration_rows(work, level.options.rows)
+    vocabulary, progress = work.prepared.vocabulary, work.run.progress
+    whole = LiveTeacher(_student(work), vocabulary)
+    rounded = quantized(_student(work), level.grid, None, level.options.dtype)
+
+    def kl(loaded: Loaded, how: str) -> float:
+        title = f"{level.name}: {how}"
+        found = fidelity(loaded.model, rows, vocabulary, teacher=whole, title=title, progress=progress)
+        return found["kl"]
+
+    before, after = kl(rounded, "rounded"), kl(made, level.options.method)
+    kept = after < before
+    work.run.console.say(
+        f"{level.name}: KL to the student before {before:.3g} rounded, {after:.3g} by {level.options.method}"
+        + ("" if kept else "; the rounded model is kept")
+    )
+    return made if kept else rounded, {"before_kl": before, "after_kl": after, "kept": kept}
 
 
 def _student(work: Work) -> Loaded:
