@@ -445,8 +445,10 @@ class Kept:
         shape = {**WIDE, "num_attention_heads": 2}
         self.recipe = tiny_recipe(student={"shape": shape}, quantize={"group_size": 32, **quantize})
         self.run, self.saved = self, dict[str, Loaded]()
-        self.progress, self.prepared = silent, SimpleNamespace(vocabulary=len(loaded.tokenizer), prompts=[])
-        self.folder = folder
+        vocabulary = len(loaded.tokenizer)
+        self.progress, self.prepared = silent, SimpleNamespace(vocabulary=vocabulary, prompts=[], valid=[])
+        self.folder, self.said = folder, list[str]()
+        self.console = SimpleNamespace(say=self.said.append)
         models.save(self.model("student"), loaded)
 
     def model(self, name: str) -> Path:
@@ -485,6 +487,23 @@ def test_the_stage_makes_a_model_of_each_width(method: str, stage_of: Any) -> No
     student: Any = mlx_lm.load(str(work.model("student")))[0]
     lost = [np.abs(logits_of(work.saved[name].model) - logits_of(student)).mean() for name in said["models"]]
     assert lost[1] < lost[0] / 4
+
+
+@pytest.mark.parametrize("worse", [False, True])
+def test_what_mlx_lm_makes_is_kept_only_where_it_is_nearer(
+    worse: bool, stage_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(loaded: Loaded, level: Any, tokens: Any) -> Loaded:
+        """As good as 8 bits, or as bad as 2, in a model of 4."""
+        bits = 2 if worse else 8
+        return quantized(loaded, level.grid.model_copy(update={"bits": bits}))
+
+    monkeypatch.setattr(stage, "gptq_quantized", made)
+    work, said = stage_of(method="gptq", bits=4)
+    told, kept = said["measured"]["student-4bit"], work.saved["student-4bit"].config["quantization"]["bits"]
+    assert told["kept"] == (told["after_kl"] < told["before_kl"]) == (not worse)
+    assert kept == (4 if worse else 8), "what is saved is the nearer one"
+    assert ("rounded model is kept" in work.said[-1]) == worse
 
 
 def test_the_stage_measures_layers_once_for_all_budgets(
