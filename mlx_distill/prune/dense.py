@@ -24,6 +24,7 @@ from mlx_distill.errors import ModelError
 from mlx_distill.models import Loaded
 from mlx_distill.prune.importance import Statistics
 from mlx_distill.prune.reading import read, sparse_layers, type_of
+from mlx_distill.prune.surgery import built
 
 DENSE = {"qwen3_moe": ("qwen3", "Qwen3ForCausalLM")}  # the same but for the experts, in mlx-lm
 LEFT_OUT = (  # of config.json: what is about experts, and scaled positions, which mlx-lm's qwen3_moe has not
@@ -75,8 +76,6 @@ def dense_from_experts(loaded: Loaded, statistics: Statistics, where: str = "stu
     Raises:
         ModelError: as `planned_dense`.
     """
-    from mlx_lm.utils import _get_classes
-
     config = planned_dense(loaded.config, where)
     arrays = dict(tree_flatten(loaded.model.parameters()))
     for layer, weights in enumerate(statistics.routing_weights):
@@ -91,9 +90,6 @@ def dense_from_experts(loaded: Loaded, statistics: Statistics, where: str = "stu
             f"{mlp}.up_proj.weight": up.flatten(0, 1),
             f"{mlp}.down_proj.weight": scaled.swapaxes(0, 1).flatten(1, 2),  # (E, D, F) to (D, E F)
         }
-    model_class, arguments = _get_classes(config)
-    model = model_class(arguments.from_dict(config))
-    model.load_weights(list(arrays.items()))
-    model.train(loaded.model.training)
+    model = built(config, arrays, loaded.model.training)
     mx.eval(model.parameters())
     return Loaded(model, config, loaded.tokenizer)

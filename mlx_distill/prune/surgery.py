@@ -59,7 +59,7 @@ def cut(loaded: Loaded, kept: Kept, inputs: Mapping[str, np.ndarray] | None = No
         mx.eval(array)  # one by one, so that nothing holds on to the big model
         path = parameter.path.replace(f".layers.{parameter.layer}.", f".layers.{n}.")
         weights[path] = array
-    return Loaded(_built(small, weights, loaded.model.training), small, loaded.tokenizer)
+    return Loaded(built(small, weights, loaded.model.training), small, loaded.tokenizer)
 
 
 def _arrays(loaded: Loaded) -> dict[str, mx.array]:
@@ -95,7 +95,7 @@ def _check_known(config: Mapping[str, Any], arrays: Mapping[str, mx.array]) -> N
             )
 
 
-def _built(config: dict[str, Any], weights: dict[str, mx.array], training: bool) -> nn.Module:
+def built(config: dict[str, Any], weights: dict[str, mx.array], training: bool) -> nn.Module:
     """A model of this config with these weights, as mlx-lm builds it when it loads one."""
     from mlx_lm.utils import _get_classes
 
