@@ -263,7 +263,7 @@ def students(seeds: list[int], steps: int) -> None:
             log: Any = Quiet()
             started = time.perf_counter()
             train(student.model, [taught], Batches(rows, how.train.batch_tokens, seed), how, vocabulary, log)
-            found = fidelity(student.model, test, vocabulary, teacher=judging)
+            found = fidelity(student.model, test, vocabulary, teacher=judging)[0]
             shutil.rmtree(folder)
             config = {
                 "seed": seed,

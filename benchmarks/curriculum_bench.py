@@ -37,8 +37,8 @@ from mlx_distill import models, recipe
 from mlx_distill.data import pocket
 from mlx_distill.data.rows import Row
 from mlx_distill.data.template import encode
+from mlx_distill.evaluate.answering import judge
 from mlx_distill.evaluate.fidelity import fidelity
-from mlx_distill.evaluate.model import judge
 from mlx_distill.lessons import Lessons, make_batches
 from mlx_distill.models import Loaded
 from mlx_distill.recipe import Recipe
@@ -123,7 +123,7 @@ class Bench:
 
     def score(self, test: list[Row]) -> dict[str, Any]:
         encoded = [encode(row, self.teacher.tokenizer) for row in test]
-        found = fidelity(self.student.model, encoded, self.vocabulary, teacher=self.judging)
+        found = fidelity(self.student.model, encoded, self.vocabulary, teacher=self.judging)[0]
         return found | judge("student", self.student, test, self.options(1).evaluate)[0]
 
 

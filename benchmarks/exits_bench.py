@@ -21,8 +21,8 @@ from mlx_distill import models, recipe
 from mlx_distill.bundled import find_recipe
 from mlx_distill.data import pocket
 from mlx_distill.data.template import encode, encode_prompt, end_of_turn_ids
+from mlx_distill.evaluate.answering import judge
 from mlx_distill.evaluate.fidelity import fidelity
-from mlx_distill.evaluate.model import judge
 from mlx_distill.models import Loaded
 from mlx_distill.models.early_exit import Stack, answer_early
 from mlx_distill.models.first_layers import first_layers
@@ -74,7 +74,7 @@ def look(loaded: Loaded) -> dict[str, dict[str, Any]]:
     how = recipe.load(find_recipe("early_exits")).evaluate
     found: dict[str, dict[str, Any]] = {}
     for name, model in ((f"layer {EXIT}", first_layers(loaded, EXIT)), ("last layer", loaded)):
-        nll = fidelity(model.model, encoded, vocabulary)["nll"]
+        nll = fidelity(model.model, encoded, vocabulary)[0]["nll"]
         found[f"{name} nll"] = {"value": nll, "unit": "nats a token"}
         passed = judge(name, model, rows, how)[0]["pass@1"]
         found[f"{name} pass@1"] = {"value": passed, "unit": "share"}

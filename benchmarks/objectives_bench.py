@@ -36,8 +36,8 @@ from mlx_distill.data import pocket
 from mlx_distill.data.batch import Batch, Batches, Encoded, at_places, counted_places
 from mlx_distill.data.rows import Row
 from mlx_distill.data.template import decode_answer, encode, encode_prompt, end_of_turn_ids
+from mlx_distill.evaluate.answering import judge
 from mlx_distill.evaluate.fidelity import fidelity
-from mlx_distill.evaluate.model import judge
 from mlx_distill.generate import generate
 from mlx_distill.losses import Targets
 from mlx_distill.losses.menu import MENU
@@ -164,7 +164,7 @@ def score(
     student: Loaded, teacher: LiveTeacher, test: list[Row], vocabulary: int, how: Recipe
 ) -> dict[str, Any]:
     encoded = [encode(row, student.tokenizer) for row in test]
-    found = fidelity(student.model, encoded, vocabulary, teacher=teacher)
+    found = fidelity(student.model, encoded, vocabulary, teacher=teacher)[0]
     return found | judge("student", student, test, how.evaluate)[0]
 
 

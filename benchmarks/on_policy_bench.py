@@ -189,7 +189,7 @@ def measure(model: Any, teacher: LiveTeacher) -> dict[str, Any]:
     wrong[:, first] = np.tile(spoiled, 3)
     said = np.array(mx.argmax(model(mx.array(wrong[:, :-1]))[..., :VOCABULARY], axis=-1))
     found["behind_mistakes"] = float((said[:, PROMPT + 3 * ROUND :: 2] == wrong[:, last]).mean())
-    clean = fidelity(model, [Encoded(row, PROMPT) for row in rows], VOCABULARY, teacher=teacher)
+    clean = fidelity(model, [Encoded(row, PROMPT) for row in rows], VOCABULARY, teacher=teacher)[0]
     return found | {"kl": clean["kl"]}
 
 

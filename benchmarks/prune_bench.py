@@ -151,11 +151,11 @@ def one(
         [*fixed, f"objective={way.objective}", f"train.steps={steps}", f"seed={seed}"],
     )
     vocabulary, started = teacher.vocabulary, time.perf_counter()
-    before = fidelity(student.model, valid, vocabulary, teacher=teacher)
+    before = fidelity(student.model, valid, vocabulary, teacher=teacher)[0]
     batches, log = Batches(rows, how.train.batch_tokens, seed), Quiet()
     asked = [teacher] if way.objective == KL else []
     used = train(student.model, asked, batches, how, vocabulary, log)  # pyright: ignore[reportArgumentType]
-    found = fidelity(student.model, valid, vocabulary, teacher=teacher)
+    found = fidelity(student.model, valid, vocabulary, teacher=teacher)[0]
     config = {
         "seed": seed,
         "steps": steps,

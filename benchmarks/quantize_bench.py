@@ -113,7 +113,7 @@ def students(folder: Path) -> None:
         how = quickstart("train.steps=250", f"seed={seed}")
         student = make_student(how.student, teacher.tokenizer, seed)
         taught(student, LiveTeacher(teacher, vocabulary), rows, how, vocabulary)
-        found = fidelity(student.model, rows.test, vocabulary, teacher=LiveTeacher(teacher, vocabulary))
+        found = fidelity(student.model, rows.test, vocabulary, teacher=LiveTeacher(teacher, vocabulary))[0]
         print(f"student {seed}: KL to the teacher {found['kl']:.3f}", file=sys.stderr, flush=True)
         models.save(folder / f"student-{seed}", student)
 
@@ -217,7 +217,7 @@ class Measured:
         return allocated(loaded, level, rows, self.vocabulary, harms=self.harms)[0]
 
     def kl(self, loaded: Loaded, rows: list[Encoded]) -> float:
-        return fidelity(loaded.model, rows, self.vocabulary, teacher=self.whole)["kl"]
+        return fidelity(loaded.model, rows, self.vocabulary, teacher=self.whole)[0]["kl"]
 
 
 def as_floats(loaded: Loaded) -> Loaded:
@@ -255,11 +255,11 @@ def taught_in_few_bits() -> None:
                 grid = levels(Quantize.model_validate({"bits": bits, "group_size": 32}))[0].grid
                 rounded = as_floats(quantized(models.load("embedded", "teacher.model"), grid))
                 teacher = LiveTeacher(rounded, vocabulary)
-                own = fidelity(rounded.model, rows.test, vocabulary, teacher=judge)["kl"]
+                own = fidelity(rounded.model, rows.test, vocabulary, teacher=judge)[0]["kl"]
             how = quickstart("train.steps=100", f"seed={seed}")
             student = make_student(how.student, whole.tokenizer, seed)
             taught(student, teacher, rows, how, vocabulary)
-            found = fidelity(student.model, rows.test, vocabulary, teacher=judge)
+            found = fidelity(student.model, rows.test, vocabulary, teacher=judge)[0]
             config = {"seed": seed, "steps": 100, "nll": found["nll"], "teachers_own_kl": own}
             line = {"name": name, "value": found["kl"], "unit": "nats/token", "config": config}
             record("quantize", [line])

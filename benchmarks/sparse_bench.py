@@ -68,7 +68,8 @@ def kl(count: int) -> list[dict[str, Any]]:
         if pattern == "unstructured":
             found["wanda in a matrix"] = in_a_matrix(share, learned)
         for by, loaded in found.items():
-            far = fidelity(loaded.model, held_out, vocabulary, teacher=LiveTeacher(dense, vocabulary))["kl"]
+            judge = LiveTeacher(dense, vocabulary)
+            far = fidelity(loaded.model, held_out, vocabulary, teacher=judge)[0]["kl"]
             config = {"share": share, "pattern": pattern, "by": by, "sparsity": sparsity_of(loaded.model)}
             name = f"kl {by} {pattern} {share:g}"
             lines.append({"name": name, "value": far, "unit": "nats/token", "config": config})

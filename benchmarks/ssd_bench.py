@@ -36,7 +36,7 @@ from mlx_distill import models, pipeline, recipe
 from mlx_distill.bundled import find_recipe
 from mlx_distill.console import Console
 from mlx_distill.data import sources
-from mlx_distill.evaluate.model import judge
+from mlx_distill.evaluate.answering import judge
 from mlx_distill.models import Loaded
 from mlx_distill.options import Sampling
 

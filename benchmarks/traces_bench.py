@@ -40,8 +40,8 @@ from mlx_distill.data import pocket
 from mlx_distill.data.batch import Batches
 from mlx_distill.data.rows import Row
 from mlx_distill.data.template import decode_answer, encode, encode_prompt, end_of_turn_ids
+from mlx_distill.evaluate.answering import judge
 from mlx_distill.evaluate.exact import score
-from mlx_distill.evaluate.model import judge
 from mlx_distill.generate import generate
 from mlx_distill.models import Loaded
 from mlx_distill.options import Reasoning, Source

@@ -44,6 +44,7 @@ def generate_answers(work: Work) -> dict[str, Any]:
         nll=nll,
         reasoning=recipe.data.reasoning,
         seconds=recipe.evaluate.seconds,
+        unsafe=work.unsafe,
         progress=work.run.progress,
     )
     unusable = [_unusable(work, one) for one in written]

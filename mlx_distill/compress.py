@@ -26,8 +26,10 @@ from mlx_distill.preflight import Prepared, prepare
 from mlx_distill.recipe import Recipe
 from mlx_distill.recipe_checks import contradictions
 from mlx_distill.report_frontier import console_lines, write_frontier
+from mlx_distill.run import Run
 from mlx_distill.run_folder import ROOT, check_folder, check_same, open_run
 from mlx_distill.run_record import read_run
+from mlx_distill.sandbox_checks import check_tasks
 
 FILES = {"frontier.json", "frontier.html"}
 
@@ -50,6 +52,7 @@ def compress(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    unsafe: bool = False,
     root: Path = ROOT,
 ) -> Path:
     """Make every run that the recipes ask for, and compare all their models in `root/NAME-frontier`.
@@ -57,6 +60,7 @@ def compress(
     Args:
         recipes: those without a `compress` section are run as they are.
         resume: go on with runs that exist; finished ones are not repeated. overwrite: replace them.
+        unsafe: run programs that models wrote even where no sandbox can hold them.
 
     Returns:
         the page, `frontier.html`; `frontier.json` is beside it.
@@ -66,14 +70,16 @@ def compress(
     """
     options, score = _asked(recipes)
     folder = root / f"{_first(recipes).name}-frontier"
-    planned = _check(recipes, score, folder, console, resume=resume, overwrite=overwrite, root=root)
+    planned = _check(
+        recipes, score, folder, console, resume=resume, overwrite=overwrite, unsafe=unsafe, root=root
+    )
     for one in planned:  # all of them now, so that a killed `--overwrite` goes on with `--resume`
         open_run(one.recipe, one.fingerprint, console, resume=resume, overwrite=overwrite, root=root)
     for number, one in enumerate(planned):
         first = next(other for other in planned if other.source == one.source)
         console.say(f"run {number + 1} of {len(planned)}: {one.recipe.name}")
         recipe = one.recipe if first is one else _lent(first, one, root)
-        run(recipe, console, resume=True, root=root)
+        run(recipe, console, resume=True, unsafe=unsafe, root=root)
         gc.collect()  # compiled functions hold models in circles
         mx.clear_cache()
     records = [read_run(root / one.recipe.name) for one in planned]
@@ -158,6 +164,7 @@ def _check(
     *,
     resume: bool,
     overwrite: bool,
+    unsafe: bool,
     root: Path,
 ) -> list[Planned]:
     """Every run, after all that can be wrong with any of them was looked for."""
@@ -170,6 +177,8 @@ def _check(
         raise RunFolderError(f"{folder} holds other files; choose another name with name=...")
     for _, one in made:
         check_folder(one, resume=resume, overwrite=overwrite, root=root)
+        finished = [] if overwrite else Run(root / one.name, console).stages()
+        check_tasks(one, "report", finished, unsafe=unsafe)
     planned = []
     for source, one in made:
         prepared = prepare(one, console.progress)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from mlx_distill.progress import Advance
+from mlx_distill.progress import Advance, Meter
 
 QUIET = 2.0  # seconds that work may last without a word
 EVERY = 10.0  # seconds between two plain lines of the same work
@@ -22,6 +22,7 @@ _COLUMNS = {
     "tokens_per_second": ("tok/s ", "{:.0f}", ""),
     "peak": ("peak ", "{:.1f}", " GiB"),
     "peak_memory_gib": ("peak ", "{:.1f}", " GiB"),
+    "memory": ("memory ", "{:.1f}", " GiB"),
     "learning_rate": ("learning_rate ", "{:.1e}", ""),
     "unfinished": ("unfinished ", "{:.0f}", ""),
 }
@@ -35,7 +36,7 @@ def step_line(step: int, steps: int, values: Mapping[str, float], left: float | 
         left: seconds to the end; None leaves the column out.
     """
     parts = [f"step {step:>{max(5, len(str(steps)))}}/{steps}"]
-    parts += [_column(name, value) for name, value in values.items()]
+    parts += [column(name, value) for name, value in values.items()]
     if left is not None:
         parts.append(f"left {clock_time(left)}")
     return "  ".join(parts)
@@ -59,10 +60,16 @@ class Console:
         self._stream = stream or sys.stdout
         self._clock = clock
         self._bars: _Bars | None = None
+        self.record: Callable[[str], None] | None = None  # also gets each line that is no step's
         self._said = float("-inf")  # when the last line was printed
 
     def say(self, line: str) -> None:
         """Print a line, above the bars where there are any."""
+        if self.record is not None:
+            self.record(line)
+        self._print(line)
+
+    def _print(self, line: str) -> None:
         self._said = self._clock()
         if self._bars:
             self._bars.say(line)
@@ -71,20 +78,19 @@ class Console:
             self._stream.flush()
 
     def step(self, line: str) -> None:
-        """Print the line of a training step, as `step_line` makes it."""
-        self.say(line)
+        """Print the line of a training step, as `step_line` makes it; metrics.jsonl records it."""
+        self._print(line)
 
     @contextmanager
     def progress(self, title: str, total: int, unit: str) -> Iterator[Advance]:
         """Show how far work has come; see `progress.py` for how library code calls this."""
-        meter = _Meter(title, total, unit, self._clock)
+        meter = _Line(title, total, unit, self._clock)
         with self._shown(meter) as shown:
 
             def advance(amount: int = 1, **columns: float) -> None:
-                meter.done += amount
-                meter.columns.update(columns)
+                meter.advance(amount, columns)
                 if not shown and meter.due(self._said):
-                    self.say(meter.line())
+                    self._print(meter.line())
 
             yield advance
         # Not in a `finally`: work that an error ended has no closing line.
@@ -92,7 +98,7 @@ class Console:
             self.say(meter.closing_line())
 
     @contextmanager
-    def _shown(self, meter: "_Meter") -> Iterator[bool]:
+    def _shown(self, meter: "_Line") -> Iterator[bool]:
         """True where a bar shows the meter; bars of nested work stand below each other."""
         if self._bars is None:
             bars = _Bars(self._stream) if self._stream.isatty() else None
@@ -109,18 +115,12 @@ class Console:
                 self._bars = None
 
 
-class _Meter:
-    """One piece of work: how far it is, how fast, how long still."""
+class _Line(Meter):
+    """A piece of work in words."""
 
     def __init__(self, title: str, total: int, unit: str, clock: Callable[[], float]):
-        self.title, self.total, self.unit = title, total, unit
-        self.done = 0
-        self.columns: dict[str, float] = {}
-        self._clock = clock
-        self._start = self._last = clock()
-
-    def elapsed(self) -> float:
-        return self._clock() - self._start
+        super().__init__(title, total, unit, clock)
+        self._last = self._start
 
     def due(self, said: float) -> bool:
         """Whether a plain line is due, the last line of any kind having been `said` then.
@@ -133,34 +133,44 @@ class _Meter:
         self._last = now
         return True
 
-    def rate(self) -> str:
-        elapsed = self.elapsed()
-        if elapsed <= 0:
-            return ""
-        rate = self.done / elapsed
-        return f"{rate:.{0 if rate >= 1000 else 1 if rate >= 10 else 2}f} {self.unit}/s"
-
-    def left(self) -> str:
-        """Time left at the speed so far; nothing before the first advance."""
-        if not self.done or self.done > self.total:
-            return ""
-        return f"left {clock_time(self.elapsed() * (self.total - self.done) / self.done)}"
-
     def parts(self) -> list[str]:
         """What stands behind the title; a narrow terminal cuts off the end."""
-        width = len(str(self.total))
-        share = f"{self.done / self.total:4.0%}" if self.total else ""
-        columns = [_column(name, value) for name, value in self.columns.items()]
-        parts = [f"{self.done:>{width}}/{self.total} {self.unit}", share, self.rate(), self.left(), *columns]
-        return [part for part in parts if part]
+        return work_parts(self.done, self.total, self.unit, self.rate(), self.left(), self.columns)
 
     def line(self) -> str:
         return "  ".join([self.title, *self.parts()])
 
     def closing_line(self) -> str:
-        columns = [_column(name, value) for name, value in self.columns.items()]
+        columns = [column(name, value) for name, value in self.columns.items()]
         took = f"in {clock_time(self.elapsed())}"
-        return "  ".join([self.title, f"{self.done} {self.unit}", *columns, self.rate(), took])
+        parts = [self.title, f"{self.done} {self.unit}", *columns, rate_text(self.rate(), self.unit), took]
+        return "  ".join(part for part in parts if part)
+
+
+def work_parts(
+    done: int,
+    total: int,
+    unit: str,
+    rate: float | None,
+    left: float | None,
+    columns: Mapping[str, float],
+) -> list[str]:
+    """How far work has come, in words: "350/1200 rows", " 29%", "34.1 rows/s", "left 00:00:25", columns.
+
+    Args:
+        rate: units a second. left: seconds.
+    """
+    share = f"{done / total:4.0%}" if total else ""
+    remaining = "" if left is None else f"left {clock_time(left)}"
+    shown = [column(name, value) for name, value in columns.items()]
+    parts = [f"{done:>{len(str(total))}}/{total} {unit}", share, rate_text(rate, unit), remaining, *shown]
+    return [part for part in parts if part]
+
+
+def rate_text(rate: float | None, unit: str) -> str:
+    if rate is None:
+        return ""
+    return f"{rate:.{0 if rate >= 1000 else 1 if rate >= 10 else 2}f} {unit}/s"
 
 
 class _Bars:
@@ -173,16 +183,16 @@ class _Bars:
 
         self._rich = RichConsole(file=stream, highlight=False)
         self.works = self._rich.is_terminal and not self._rich.is_dumb_terminal
-        self._meters: list[_Meter] = []
+        self._meters: list[_Line] = []
         # Transient: what stays behind is the closing line, not a bar.
         self._live = Live(get_renderable=self._draw, console=self._rich, refresh_per_second=4, transient=True)
 
-    def add(self, meter: _Meter) -> None:
+    def add(self, meter: _Line) -> None:
         self._meters.append(meter)
         if len(self._meters) == 1:
             self._live.start()
 
-    def remove(self, meter: _Meter) -> bool:
+    def remove(self, meter: _Line) -> bool:
         """Whether bars remain; without any, the terminal is as it was before."""
         self._meters.remove(meter)
         if not self._meters:
@@ -206,12 +216,13 @@ class _Bars:
         return table if table.rows else Text("", end="")
 
 
-def _column(name: str, value: float) -> str:
+def column(name: str, value: float) -> str:
+    """A number with its name, as a console line has it."""
     before, form, after = _COLUMNS.get(name, (f"{name} ", "", ""))
-    return before + (form.format(value) if form else _five_places(value)) + after
+    return before + (form.format(value) if form else five_places(value)) + after
 
 
-def _five_places(value: float) -> str:
+def five_places(value: float) -> str:
     """A number in five characters (0.412, 12.35, 113.0, 2113), so that columns keep their places."""
     size = abs(value)
     if 0 < size < 0.0005:

@@ -27,18 +27,25 @@ EXTRAS = {
     "report": (("matplotlib",), "curves in report.html"),
     "datasets": (("datasets",), "data sets from the Hub"),
     "filters": (("py3langid", "datasketch"), "languages and near duplicates of answers"),
+    "harness": (("lm_eval",), "tasks of lm-evaluation-harness"),
+    "tensorboard": (("tensorboard",), "train.log_to"),
+    "wandb": (("wandb",), "train.log_to"),
+    "trackio": (("trackio",), "train.log_to"),
 }
 
 SANDBOXES = {
-    "unshare": "programs see no network and write to one folder of their own",
-    "limits": "programs run with limits on time and files, and with your rights on files",
+    "bubblewrap": "programs see no files of yours, no network and no other process",
+    "unshare": "programs see no files of yours, no network and no other process",
+    "landlock": "programs read no files of yours, and use no network and no other process",
+    "seatbelt": "programs read no files of yours, and use no network and no other process",
+    "limits": "programs would run with your rights on files and network",
 }
 
 
 def report() -> list[Row]:
     """Every check, in order. Never raises; takes about a second."""
     rows: list[Row] = []
-    for check in (system, versions, memory, device, matmul, compiler, sandbox, extras):
+    for check in (system, versions, memory, device, matmul, compiler, energy, sandbox, extras):
         rows += attempt(check)
     return rows
 
@@ -138,13 +145,26 @@ def compiler() -> Iterator[Row]:
     yield "mx.compile", found or "no g++: same results, somewhat slower", advice
 
 
+def energy() -> Iterator[Row]:
+    """What can tell the energy of a token, without root."""
+    from mlx_distill.evaluate.energy import energy_meter
+
+    meter = energy_meter()
+    if meter.available:
+        yield "energy", str(meter.label), None
+        return
+    what, _, advice = str(meter.why).partition(": pip ")
+    yield "energy", what, f"pip {advice}" if advice else None
+
+
 def sandbox() -> Iterator[Row]:
     """What holds generated programs while their tests run."""
     from mlx_distill.evaluate import sandbox
 
     kind = sandbox.backend()
-    weak = kind == "limits" and sys.platform.startswith("linux")
-    advice = "allow user namespaces for a tighter one" if weak else None
+    advice = None
+    if kind not in sandbox.PROTECTING:
+        advice = "they run only with --confirm-run-unsafe-code; see docs/sandbox.md"
     yield "sandbox", f"{kind}: {SANDBOXES[kind]}", advice
 
 

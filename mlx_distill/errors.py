@@ -35,6 +35,10 @@ class MissingExtra(DistillError, ImportError):
     """An optional package is needed; the message says how to install it."""
 
 
+class SandboxError(DistillError, PermissionError):
+    """Nothing on this machine holds the programs that models wrote, and the user has not accepted that."""
+
+
 class Fault(DistillError, RuntimeError):
     """A check of our own work failed, such as an export that does not equal what was exported."""
 

@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 from mlx_distill.errors import MissingExtra
 
+_NARROW, _WIDE = (3.5, 2.7), (4.6, 2.9)  # inches: three beside each other on a page, or two
+
 # matplotlib knows no CSS variables: it draws in stand-in colours, which are replaced in its SVG.
 _INK, _FAINT, _LINE = "#0000fa", "#0000fb", "#0000fc"
 _STAND_INS = {_INK: "currentColor", _FAINT: "var(--faint)", _LINE: "var(--line)"}
@@ -20,7 +22,7 @@ _STAND_INS |= {f"#0001{index:02x}": f"var(--c{index})" for index in range(8)}
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "font.size": 10,
+    "font.size": 9.5,
     "text.color": _INK,
     "text.parse_math": False,  # a `$` in a name is a dollar
     "axes.edgecolor": _LINE,
@@ -78,6 +80,8 @@ def sizes(
     *,
     front: Sequence[Point] = (),
     line: float | None = None,
+    span: tuple[float, float] | None = None,
+    narrow: bool = False,
 ) -> str:
     """Quality over size, or another cost, on a logarithmic scale, as SVG.
 
@@ -85,9 +89,11 @@ def sizes(
         quality: title of the upright axis. size: title of the level one.
         front: points that no other beats, the cheapest first: a step leads from each to the next.
         line: a quality that is good enough, drawn across.
+        span: of the upright axis, where several figures share one; None: as the points have it.
+        narrow: for three figures beside each other.
     """
     with _style():
-        return _sizes(name, points, quality, size, front, line)
+        return _sizes(name, points, quality, size, front, line, span, narrow)
 
 
 def _style() -> Any:
@@ -99,11 +105,11 @@ def _style() -> Any:
 
 
 def _curves(name: str, lines: Sequence[Curve]) -> str:
-    figure, axes = _axes()
+    figure, axes = _axes(*_NARROW)
     values = [value for line in lines for value in line.values]
-    if values and min(values) > 0 and max(values) > 30 * min(values):
+    log = bool(values) and min(values) > 0 and max(values) > 30 * min(values)
+    if log:
         axes.set_yscale("log")
-        _plain_ticks(axes.yaxis, log=True)
     for line in lines:
         style = (0, (3, 2)) if line.dashed else "solid"
         marker = "o" if len(line.steps) < 12 else ""
@@ -118,18 +124,27 @@ def _curves(name: str, lines: Sequence[Curve]) -> str:
         )
     axes.set_xlabel("step")
     _plain_ticks(axes.xaxis)
+    if log:
+        _plain_ticks(axes.yaxis, log=True)
     return _svg(figure, name)
 
 
 def _sizes(
-    name: str, points: Sequence[Point], quality: str, size: str, front: Sequence[Point], line: float | None
+    name: str,
+    points: Sequence[Point],
+    quality: str,
+    size: str,
+    front: Sequence[Point],
+    line: float | None,
+    span: tuple[float, float] | None,
+    narrow: bool,
 ) -> str:
-    figure, axes = _axes()
+    figure, axes = _axes(*(_NARROW if narrow else _WIDE))
     axes.set_xscale("log")
     smallest, largest = min(point.size for point in points), max(point.size for point in points)
     margin = max(1.5, (largest / smallest) ** 0.15)
     axes.set_xlim(smallest / margin, largest * margin)
-    _plain_ticks(axes.xaxis, log=True)
+    _plain_ticks(axes.xaxis, log=True, few=narrow)
     if front:
         costs, best = [point.size for point in front], [point.quality for point in front]
         axes.step([*costs, largest * margin], [*best, best[-1]], where="post", color=_FAINT, linewidth=1.2)
@@ -148,18 +163,24 @@ def _sizes(
             elinewidth=1.2,
         )
     axes.margins(y=0.15)
+    if span is not None:
+        axes.set_ylim(*span)
     axes.set_xlabel(size)
     axes.set_ylabel(quality)
     _label(figure, axes, points)
     return _svg(figure, name)
 
 
-def _axes() -> tuple[Any, Any]:
-    """A figure as wide as a phone's page, outside pyplot's global list of figures."""
+def _axes(width: float, height: float) -> tuple[Any, Any]:
+    """A figure as wide as a phone's page, outside pyplot's global list of figures.
+
+    The page stretches it to its column. 4.6 inches are 331 units, so text of 9.5 is 9 pixels and more in a
+    column of 320 pixels, which is what a phone has.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2, 3.1), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)  # measures text; attaches itself
     axes = figure.add_subplot()
     axes.tick_params(length=3)
@@ -193,7 +214,7 @@ def _label(figure: Any, axes: Any, points: Sequence[Point]) -> None:
             )
             # The layout must not make room for a name, or the points would move under it.
             text.set_in_layout(False)
-            box = text.get_window_extent(figure.canvas.get_renderer())
+            box = text.get_window_extent(figure.canvas.get_renderer()).padded(2 * scale)
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
             free = all(box.x1 < a or box.x0 > c or box.y1 < b or box.y0 > d for a, b, c, d in taken)
             if (inside and free) or (place == len(sides) - 1 and point.named == "always"):
@@ -202,17 +223,17 @@ def _label(figure: Any, axes: Any, points: Sequence[Point]) -> None:
             text.remove()
 
 
-def _plain_ticks(axis: Any, log: bool = False) -> None:
+def _plain_ticks(axis: Any, log: bool = False, few: bool = False) -> None:
     """Ticks as people write numbers: 0.05, 20, 1,000; never 10 to a power."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     if log:
         low, high = axis.get_view_interval()
-        wide = low > 0 and math.log10(high / low) > 2.5
+        wide = low > 0 and math.log10(high / low) > (1.2 if few else 2.5)
         axis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
         axis.set_minor_locator(NullLocator())
     else:
-        axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 
 
@@ -236,6 +257,12 @@ def _svg(figure: Any, name: str) -> str:
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
     for stand_in, color in _STAND_INS.items():
         svg = svg.replace(stand_in, color)
-    # Sized by the page. The namespace of links is no longer needed where HTML holds the SVG.
-    svg = re.sub(r'^<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', svg, count=1)
+    # Sized by the page, which says in words what is drawn. The namespace of links is no longer needed where
+    # HTML holds the SVG.
+    svg = re.sub(
+        r'^<svg [^>]*?viewBox="([^"]*)"[^>]*>',
+        r'<svg viewBox="\1" aria-hidden="true" focusable="false">',
+        svg,
+        count=1,
+    )
     return svg.replace("xlink:href", "href")

@@ -65,7 +65,7 @@ def learn(work: Work, stage: str, student: Loaded, learned: Lessons, recipe: Rec
             teacher=compared,
             title=f"{stage}: validation",
             progress=work.run.progress,
-        )
+        )[0]
 
     with work.run.interrupts.deferred():
         used = train(

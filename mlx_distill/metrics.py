@@ -4,6 +4,7 @@ One place, so that the report, the verdict and the command line write a number a
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -34,6 +35,10 @@ class Metric(NamedTuple):
 
     def stderr(self, metrics: Mapping[str, Any] | None) -> float | None:
         return number((metrics or {}).get(f"{self.name}_stderr"))
+
+    def spread(self, metrics: Mapping[str, Any] | None) -> float | None:
+        """Half the distance between the quartiles of repeated measurements, of speed and energy."""
+        return number((metrics or {}).get(f"{self.name}_spread"))
 
     def text(self, metrics: Mapping[str, Any]) -> str:
         """The measured value with its standard error and unit, as a sentence has it."""
@@ -79,16 +84,31 @@ QUALITY = (
     Metric("pass@1", "share of problems whose tests the first answer passes", "%", "higher", percent),
     Metric("pass@5", "share of problems that at least one of 5 answers solves", "%", "higher", percent),
     Metric("pass@10", "share of problems that at least one of 10 answers solves", "%", "higher", percent),
+    Metric("humaneval_pass@1", "the same on HumanEval: of first answers", "%", "higher", percent),
+    Metric("humaneval_pass@5", "of 5 answers at least one", "%", "higher", percent),
+    Metric("humaneval_pass@10", "of 10 answers at least one", "%", "higher", percent),
+    Metric("mbpp_pass@1", "the same on MBPP: of first answers", "%", "higher", percent),
+    Metric("mbpp_pass@5", "of 5 answers at least one", "%", "higher", percent),
+    Metric("mbpp_pass@10", "of 10 answers at least one", "%", "higher", percent),
     Metric("exact_match", "share of answers that equal a reference", "%", "higher", percent),
+    Metric("accuracy", "share of choices that are right, by their probability", "%", "higher", percent),
+    Metric("accuracy_normalised", "the same, by their probability a byte", "%", "higher", percent),
     Metric("rougeL", "longest common word sequence with the best reference", "", "higher"),
     Metric("rouge1", "common words with the best reference", "", "higher"),
     Metric("rouge2", "common word pairs with the best reference", "", "higher"),
+    Metric("length_ratio", "words by those of the reference nearest in length"),
+    Metric("copy_rate", "share of runs of four words that stand in the source", "%", "", percent),
+    Metric("unfaithful", "share of names and numbers that are not in the source", "%", "lower", percent),
     Metric("kl", "mean KL(teacher‖model)", "nats/token", "lower"),
+    Metric("kl_median", "median over tokens of KL(teacher‖model)", "nats/token", "lower"),
     Metric("kl_p95", "95th percentile over tokens of KL(teacher‖model)", "nats/token", "lower"),
     Metric("top1_agreement", "tokens whose likeliest choice is the teacher's", "%", "higher", percent),
     Metric("nll", "-log of the probability of the labels", "nats/token", "lower"),
     Metric("bits_per_byte", "the same, in bits per byte of text", "", "lower"),
+    Metric("perplexity", "e to the nll", "", "lower", three_digits),
     Metric("ece", "expected calibration error", "", "lower"),
+    Metric("unfinished", "share of answers that were cut off", "%", "lower", percent),
+    Metric("empty", "share of answers without a word", "%", "lower", percent),
     Metric("temperature", "at which the answers were drawn; 0: the likeliest token", write="{:g}".format),
 )
 COST = (
@@ -100,7 +120,10 @@ COST = (
     Metric("decode_tokens_per_second", "writing an answer", "tokens/s", "higher", three_digits),
     Metric("time_to_first_token_ms", "from the prompt to the first token", "ms", "lower", three_digits),
     Metric("peak_memory_gib", "largest memory in use", "GiB", "lower", three_digits),
-    Metric("joules_per_token", "energy of writing", "J/token", "lower", three_digits),
+    Metric("joules_per_token", "energy of writing, beyond rest", "J/token", "lower", three_digits),
+    Metric("joules_per_token_gross", "the same, with that at rest", "J/token", "lower", three_digits),
+    Metric("joules_per_prompt_token", "energy of reading, beyond rest", "J/token", "lower", three_digits),
+    Metric("idle_watts", "power at rest, before", "W", "", three_digits),
     Metric("train_tokens", "counted tokens trained on", "", "", count),
     Metric("train_seconds", "time in training", "s", "", seconds),
 )
@@ -108,7 +131,10 @@ METRICS = {metric.name: metric for metric in (*QUALITY, *COST)}
 
 SCORES = {  # of which more is better, by the task of `evaluate.tasks` that measures them, the first one first
     "code": ("pass@1", "pass@5", "pass@10"),
+    "humaneval": ("humaneval_pass@1", "humaneval_pass@5", "humaneval_pass@10"),
+    "mbpp": ("mbpp_pass@1", "mbpp_pass@5", "mbpp_pass@10"),
     "exact": ("exact_match",),
+    "choice": ("accuracy", "accuracy_normalised"),
     "summary": ("rougeL", "rouge1", "rouge2"),
     "fidelity": ("top1_agreement",),
 }
@@ -161,6 +187,16 @@ def others(models: Models) -> tuple[Metric, ...]:
     extra = [
         name
         for name in names
-        if not name.endswith(("_stderr", "_why")) and name not in ("problems", "questions", "summaries")
+        if not name.endswith(("_stderr", "_spread", "_why", "_problems", "_examples"))
+        and name not in ("problems", "questions", "summaries", "choices")
     ]
-    return tuple(Metric(name, "", write=lambda value: f"{value:.6g}") for name in extra)
+    return tuple(_unlisted(name) for name in extra)
+
+
+def _unlisted(name: str) -> Metric:
+    """A metric that is not above; of those of lm-evaluation-harness the usual ones are understood."""
+    if name.startswith("harness_") and re.search(r"_(acc|acc_norm|acc_bytes|exact_match)(_[a-z-]+)?$", name):
+        return Metric(name, "as lm-evaluation-harness has it", "%", "higher", percent)
+    if name.startswith("harness_") and name.endswith(("perplexity", "bits_per_byte")):
+        return Metric(name, "as lm-evaluation-harness has it", "", "lower", three_digits)
+    return Metric(name, "", write=lambda value: f"{value:.6g}")

@@ -7,7 +7,8 @@ one that is missing.
 import errno
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from mlx_distill.errors import DistillError, Stopped
 from mlx_distill.evaluate.exits import exits_of
 from mlx_distill.evaluate.stage import evaluate_models, export_student
 from mlx_distill.interrupt import Interrupts
+from mlx_distill.layout import STAGES
 from mlx_distill.learning import learn
 from mlx_distill.lessons import Lessons, labels, lessons
 from mlx_distill.memory import decisions
 from mlx_distill.models.first_layers import first_layers
 from mlx_distill.options import Term
+from mlx_distill.peak import PeakMemory
 from mlx_distill.preflight import prepare
 from mlx_distill.prune.stage import prune_student
 from mlx_distill.quantize.stage import quantize_student
@@ -35,21 +38,9 @@ from mlx_distill.recipe import Recipe
 from mlx_distill.report import write_report
 from mlx_distill.run import Run
 from mlx_distill.run_folder import ROOT, check_folder, open_run
+from mlx_distill.sandbox_checks import check_prompts, check_tasks
 from mlx_distill.verdict import verdict
 from mlx_distill.work import Work
-
-STAGES = (
-    "generate",
-    "score",
-    "cache",
-    "prune",
-    "train",
-    "baseline",
-    "quantize",
-    "evaluate",
-    "export",
-    "report",
-)
 
 
 def run(
@@ -60,6 +51,7 @@ def run(
     again: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    unsafe: bool = False,
     root: Path = ROOT,
 ) -> Path:
     """Do every stage up to and including `upto`, and give the run folder.
@@ -67,17 +59,21 @@ def run(
     Args:
         again: do `upto` once more even if it has finished, and forget what followed it.
         resume: go on in a folder that exists. overwrite: replace it.
+        unsafe: run programs that models wrote even where no sandbox can hold them.
 
     Raises:
         DistillError: what is wrong, or why the run stopped; see `errors.py` for the exit codes.
     """
     interrupts = Interrupts()
-    with interrupts.caught(), resumable_if_full():
+    with interrupts.caught(), resumable_if_full(), ExitStack() as stack:
         check_folder(recipe, resume=resume, overwrite=overwrite, root=root)
-        written = not overwrite and "generate" in Run(root / recipe.name, console).stages()
-        if recipe.generate.endpoint is not None and not written:
+        finished = set() if overwrite else set(Run(root / recipe.name, console).stages())
+        finished -= set(STAGES[STAGES.index(upto) :]) if again else set()
+        check_tasks(recipe, upto, finished, unsafe=unsafe)
+        if recipe.generate.endpoint is not None and "generate" not in finished:
             check_server(recipe.generate.endpoint)
         prepared = prepare(recipe, console.progress)
+        check_prompts(recipe, [asked.row for asked in prepared.prompts], finished, unsafe=unsafe)
         decided = decisions(recipe, prepared.recipe, prepared.memory)
         recipe = prepared.recipe
         opened = open_run(
@@ -87,7 +83,8 @@ def run(
             mx.set_cache_limit(2 << 30)  # the default of 32 MiB maps and unmaps memory at every step
         if again:
             opened.forget(set(STAGES[STAGES.index(upto) :]))
-        work = Work(opened, recipe, prepared)
+        stack.enter_context(opened.following.whole(recipe))
+        work = Work(opened, recipe, prepared, unsafe)
         console.say(_headline(work))
         for line in decided:
             console.say(line)
@@ -114,11 +111,18 @@ def run(
             "evaluate": [
                 recipe.evaluate.model_dump(),
                 digest(prepared.test_rows),
+                [one.version for one in prepared.published],
                 digest(prepared.valid_rows if recipe.evaluate.tune else []),
             ],
         }
+        memory = PeakMemory(opened.folder, prepared.memory)
+
+        def measured(name: str) -> dict[str, Any]:
+            with memory.of(name):
+                return stages[name](work)
+
         for name in STAGES[: STAGES.index(upto) + 1]:
-            opened.stage(name, lambda work_on=stages[name]: work_on(work), options.get(name))
+            opened.stage(name, partial(measured, name), options.get(name))
     return opened.folder
 
 
@@ -180,7 +184,8 @@ def report(work: Work) -> dict[str, Any]:
         return {}
     path = write_report(work.run.folder)
     work.run.console.say("")
-    for sentence in verdict(json.loads(evaluation.read_text(encoding="utf-8"))["models"]):
+    found = json.loads(evaluation.read_text(encoding="utf-8"))
+    for sentence in verdict(found["models"], found.get("comparisons", [])):
         work.run.console.say(sentence)
     work.run.console.say(f"report: {path}")
     return {"path": path.name}

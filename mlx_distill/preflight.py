@@ -14,6 +14,10 @@ from mlx_distill.data.batch import Encoded
 from mlx_distill.data.rows import Row
 from mlx_distill.data.template import encode, encode_prompt
 from mlx_distill.errors import DataError, RecipeError
+from mlx_distill.evaluate.code import check_tests
+from mlx_distill.evaluate.harness import check_harness
+from mlx_distill.evaluate.published import Published, published
+from mlx_distill.evaluate_checks import OWN, PUBLISHED, WRITTEN
 from mlx_distill.filters import check_filters, determining
 from mlx_distill.hub import is_name
 from mlx_distill.layer_checks import check_objective
@@ -37,6 +41,7 @@ from mlx_distill.teacher_files import (
     teachers_of,
 )
 from mlx_distill.tokenizer import train_tokenizer
+from mlx_distill.trackers import check_trackers
 
 
 @dataclass
@@ -62,6 +67,7 @@ class Prepared:
     caches: dict[str, dict[str, Any]] = field(default_factory=dict)  # what a teacher's cache is made of
     planned: Planned | None = None  # the student, if it is to be cut out
     kept_tokens: Any = None  # ids that stay of the vocabulary of what is cut, (V',); None: all
+    published: list[Published] = field(default_factory=list)  # problems that are evaluated beside `data.test`
     memory: Estimate = field(kw_only=True)  # that training takes
 
 
@@ -71,6 +77,7 @@ def prepare(recipe: Recipe, progress: Progress = silent) -> Prepared:
     Raises:
         DistillError: what is wrong, in one line.
     """
+    check_trackers(recipe)
     folders = model_folders(recipe, lambda name: not is_name(name) or os.path.exists(name))
     needed = {*recipe.teachers} - {*recipe.self_taught}
     needed |= {"student"} if recipe.student.shape is None else set()
@@ -78,8 +85,8 @@ def prepare(recipe: Recipe, progress: Progress = silent) -> Prepared:
         planned = plan_pruning(recipe, folders)
         check_objective(recipe, folders, planned and planned.config)
         check_loaded_student(recipe, folders)
-    if recipe.evaluate.tasks and sources.expand(recipe.data)["test"] is None:
-        tasks = ", ".join(recipe.evaluate.tasks)
+    if set(recipe.evaluate.tasks) & set(OWN) and sources.expand(recipe.data)["test"] is None:
+        tasks = ", ".join(task for task in recipe.evaluate.tasks if task in OWN)
         raise RecipeError(f"`evaluate.tasks` [{tasks}] measure on `data.test`, which is missing")
     if recipe.evaluate.tune and sources.expand(recipe.data)["valid"] is None:
         raise RecipeError("`evaluate.tune` chooses a temperature on `data.valid`, which is missing; name it")
@@ -97,6 +104,7 @@ def prepare(recipe: Recipe, progress: Progress = silent) -> Prepared:
             "answer; give it rows with a `prompt` or `messages`"
         )
     _check_evaluation(recipe, rows["test"])
+    published = read_published(recipe)
     _check_tuning(recipe, rows["valid"])
     check_filters(recipe, rows)
     check_marks(recipe.data, rows)
@@ -147,7 +155,8 @@ def prepare(recipe: Recipe, progress: Progress = silent) -> Prepared:
             learned = [one for row in rows[key] for one in as_learned(row, reasoning)]
             read = [row for row, _ in learned]
             taught[key] = [task for _, task in learned]
-        found = [encode(row, tokenizer, count=recipe.data.count) for row in read]
+        encoder = _encode_test if key == "test" else encode
+        found = [encoder(row, tokenizer, count=recipe.data.count) for row in read]
         fits = [i for i, row in enumerate(found) if len(row.tokens) <= recipe.data.max_tokens]
         _refuse_none(key, read, fits, min((len(row.tokens) for row in found), default=0), recipe)
         encoded[key], kept[key] = [found[i] for i in fits], [read[i] for i in fits]
@@ -196,6 +205,7 @@ def prepare(recipe: Recipe, progress: Progress = silent) -> Prepared:
         caches,
         planned,
         kept_tokens,
+        published,
         memory=memory,
     )
 
@@ -251,14 +261,40 @@ def _is_corpus(source: Source) -> bool:
 def _check_evaluation(recipe: Recipe, test: Sequence[Row]) -> None:
     for task in recipe.evaluate.tasks:
         needed = {"code": "`tests`", "summary": "`references`", "exact": '`references` and `task` "exact"'}
+        needed["choice"] = "`choices` and `answer`"
+        if task == "fidelity" and all(row.text is None and row.answer() is None for row in test):
+            raise DataError(
+                "`evaluate.tasks`: fidelity needs rows with an answer in `data.test`; it has none"
+            )
         if task in needed and not any(row.task == task for row in test):
             need = needed[task]
             raise DataError(f"`evaluate.tasks`: {task!r} needs rows with {need} in `data.test`; it has none")
+    for row in test:
+        if row.task == "code" and "code" in recipe.evaluate.tasks:
+            check_tests(row)
+
+
+def _encode_test(row: Row, tokenizer: Any, *, count: str) -> Encoded:
+    """As `encode`; of a row without an answer, as one with tests may be, the prompt: nothing counts."""
+    if row.text is not None or row.answer() is not None:
+        return encode(row, tokenizer, count=count)
+    tokens = encode_prompt(row, tokenizer)
+    return Encoded(tokens, len(tokens))
+
+
+def read_published(recipe: Recipe) -> list[Published]:
+    """The published sets of problems that `evaluate.tasks` asks for."""
+    options = recipe.evaluate
+    if "harness" in options.tasks:
+        check_harness(options.harness)
+    return [
+        published(task, options.files.get(task), options.limit) for task in PUBLISHED if task in options.tasks
+    ]
 
 
 def _check_tuning(recipe: Recipe, valid: Sequence[Row]) -> None:
     options = recipe.evaluate
-    if options.tune and not any(row.task in options.tasks for row in valid):
+    if options.tune and not any(row.task in options.tasks and row.task in WRITTEN for row in valid):
         tasks = ", ".join(options.tasks)
         raise DataError(
             f"`evaluate.tune`: `evaluate.tasks` [{tasks}] can score none of the {len(valid)} rows of "

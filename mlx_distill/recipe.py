@@ -203,7 +203,7 @@ def determining(recipe: Recipe) -> dict[str, Any]:
     heeded = {("data", "valid"), ("train", "eval_every")} if adaptive else set()
     for section, keys in {
         "data": ("valid", "test"),
-        "train": ("log_every", "eval_every", "save_every"),
+        "train": ("log_every", "eval_every", "save_every", "log_to"),
     }.items():
         for key in keys:
             if (section, key) not in heeded:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mlx_distill.compress_checks import compressing
 from mlx_distill.data.mixture import learned_from
+from mlx_distill.evaluate_checks import evaluation
 from mlx_distill.losses import NEEDS_TAIL
 from mlx_distill.losses.menu import MENU
 from mlx_distill.options import Filters, Generate
@@ -23,7 +24,7 @@ def contradictions(recipe: "Recipe") -> list[str]:
     checks = (
         _teaching,
         _basics,
-        _evaluation_sampling,
+        evaluation,
         _generation,
         _endpoint,
         _filters,
@@ -122,23 +123,6 @@ def _cache(recipe: "Recipe") -> list[str]:
             if MENU[name].family == "token" and MENU[name].needs_teacher and name != "forward_kl"
         ]
     return mistakes
-
-
-def _evaluation_sampling(recipe: "Recipe") -> list[str]:
-    """Ways to answer where no task asks for answers."""
-    options = recipe.evaluate
-    given = [
-        name
-        for name, unset in (("temperature", 0.0), ("samples", 1), ("tune", []))
-        if getattr(options, name) != unset
-    ]
-    if not given or set(options.tasks) - {"fidelity", "speed"}:
-        return []
-    tasks = ", ".join(options.tasks)
-    return [
-        f"`evaluate.{given[0]}` is for tasks that score answers, such as code; `evaluate.tasks` [{tasks}] "
-        "have none"
-    ]
 
 
 def _curriculum(recipe: "Recipe") -> list[str]:

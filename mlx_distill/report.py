@@ -1,24 +1,22 @@
 """`report.html`: one self-contained page that shows what a run did, read off its folder alone."""
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_distill import metrics as m
-from mlx_distill.errors import MissingExtra, RecipeError
-from mlx_distill.report_page import RUNS, details, tables, write_page
-from mlx_distill.report_samples import samples
+from mlx_distill import report_figures as figures
+from mlx_distill.errors import RecipeError
+from mlx_distill.report_compared import between_runs, comparisons, facts, side_by_side
+from mlx_distill.report_disagreement import disagreements
+from mlx_distill.report_lineage import lineage, memory
+from mlx_distill.report_page import RUNS, commands, details, sandbox_of, speed_table, tables, write_page
+from mlx_distill.report_samples import samples, shown
+from mlx_distill.report_tasks import tasks, unlike
 from mlx_distill.run_record import RunRecord, read_run
 from mlx_distill.strict_yaml import parse_yaml
 from mlx_distill.verdict import verdict
-
-_CURVES = (
-    ("loss", "Training loss, nats/token"),
-    ("valid_nll", "nll on validation rows, nats/token"),
-    ("valid_kl", "KL to the teacher on validation rows, nats/token"),
-)
 
 
 def write_report(folder: Path) -> Path:
@@ -29,23 +27,31 @@ def write_report(folder: Path) -> Path:
         RunFolderError: the page cannot be written.
     """
     run = read_run(Path(folder))
-    models = m.ordered(run.models)
-    rows = [(None, [(m.label(name, run.models), m.color(name), run.models[name]) for name in models])]
-    stages = ("student", "baseline")
-    curves = [(m.label(stage, run.models), m.color(stage), run.log, stage, False) for stage in stages]
-    figures, missing = _figures(curves, run.models)
+    models = run.models
+    names = {name: m.label(name, models) for name in m.ordered(models)}
+    lines = [(label, m.color(name), models[name]) for name, label in names.items()]
+    colors = {name: m.color(name) for name in models}
+    logs = [figures.Log(m.label(s, models), m.color(s), run.log, s) for s in ("student", "baseline")]
+    curves, missing = figures.drawn(lambda: figures.curves(logs))
+    costs, _ = figures.drawn(lambda: figures.costs(models, colors, figures.short_names(models)))
+    sandbox, warnings = sandbox_of(models)
     page = {
         "title": run.name,
-        "kind": "Distillation report" if "teacher" in run.models else "Training report",
-        "verdict": verdict(run.models),
-        "tables": tables(rows),
-        "figures": figures,
-        "notes": [*missing, *run.unreadable],
-        "samples": samples(run.answers, run.models),
-        "generated": _lineage(run.generated),
-        "sandbox": next((x["sandbox"] for x in run.models.values() if x.get("sandbox")), None),
-        "details": details([run]),
-        "differences": None,
+        "kind": "Distillation report" if "teacher" in models else "Training report",
+        "verdict": verdict(models, run.comparisons),
+        "warnings": warnings,
+        "facts": facts(models),
+        "comparisons": comparisons(run.comparisons, names),
+        "tables": [*tables([(None, lines)]), *speed_table(lines)],
+        "costs": costs,
+        "figures": curves,
+        "disagreements": disagreements(run.disagreements, models),
+        "samples": samples(run.answers, shown(models)),
+        "lineage": lineage([run]),
+        "memory": memory([run]),
+        "tasks": tasks([run]),
+        "sandbox": sandbox,
+        **_foot([run], missing),
     }
     return write_page(page, Path(folder) / "report.html")
 
@@ -68,95 +74,40 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
         rows = [(run.name, colors[run.name], run.models[model]) for run in having]
         alike = having[0].models if all(m.is_pruned(run.models) for run in having) else None
         groups.append((m.label(model, alike), rows))
-    stages = [(stage, dashed) for stage, dashed in (("student", False), ("baseline", True))]
-    curves = [
-        (run.name + (", baseline" if dashed else ""), colors[run.name], run.log, stage, dashed)
+    logs = [
+        figures.Log(run.name + (", baseline" if dashed else ""), colors[run.name], run.log, stage, dashed)
         for run in runs
-        for stage, dashed in stages
+        for stage, dashed in (("student", False), ("baseline", True))
     ]
     students = {run.name: run.models["student"] for run in runs if "student" in run.models}
-    figures, missing = _figures(curves, students, colors)
+    curves, missing = figures.drawn(lambda: figures.curves(logs))
+    costs, _ = figures.drawn(lambda: figures.costs(students, colors, {}))
+    compared, unpaired = between_runs(runs)
     page = {
         "title": " · ".join(run.name for run in runs),
         "kind": f"{len(runs)} runs side by side",
-        "verdict": [],
+        "warnings": unlike(runs),
+        "runs": [
+            {"name": run.name, "color": colors[run.name], "line": verdict(run.models, run.comparisons)[0]}
+            for run in runs
+        ],
+        "comparisons": comparisons(compared, {}),
         "tables": tables(groups),
-        "figures": figures,
-        "notes": [*missing, *(line for run in runs for line in run.unreadable)],
-        "samples": [],
-        "generated": None,
-        "sandbox": None,
-        "details": details(runs),
         "differences": _differences(runs),
+        "costs": costs,
+        "figures": curves,
+        "samples": samples(side_by_side(runs), {run.name: (run.name, colors[run.name]) for run in runs}),
+        "lineage": lineage(runs),
+        "memory": memory(runs),
+        "tasks": tasks(runs),
+        **_foot(runs, [*missing, *unpaired]),
     }
     return write_page(page, Path(out))
 
 
-def _figures(
-    curves: list[tuple[str, int, list[dict[str, Any]], str, bool]],
-    models: m.Models,
-    colors: Mapping[str, int] = m.COLORS,
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """The figures that the numbers allow, and a line on what is missing."""
-    from mlx_distill import figures
-
-    found = []
-    try:
-        for key, title in _CURVES:
-            lines = []
-            for label, color, log, stage, dashed in curves:
-                points = _points(log, stage, key)
-                if len(points) > 1:
-                    lines.append(figures.Curve(label, color, list(points), list(points.values()), dashed))
-            if lines:
-                note = "Each minimises its own losses; compare on validation rows." if key == "loss" else ""
-                note = note if len(lines) > 1 else ""
-                found.append(
-                    {"title": title, "svg": figures.curves(key, lines), "lines": lines, "note": note}
-                )
-        shown = ("pass@1", "exact_match", "rougeL", "top1_agreement", "kl", "nll")
-        for metric in (x for x in m.QUALITY if x.name in shown):
-            points = _sizes(figures.Point, metric, models, colors)
-            if len(points) > 1:
-                title = f"Size against {metric.name}"
-                svg = figures.sizes("sizes", points, f"{metric.name} {metric.unit}".strip(), "MiB on disk")
-                found.append({"title": title, "svg": svg, "lines": [], "note": ""})
-                break
-    except MissingExtra:
-        return [], ["Curves are left out: pip install 'mlx-distill[report]' adds them."]
-    return found, []
-
-
-def _points(log: list[dict[str, Any]], stage: str, key: str) -> dict[float, float]:
-    """Step -> value. A resumed run writes some steps twice; the later line counts."""
-    points = {}
-    for line in log:
-        step, value = m.number(line.get("step")), m.number(line.get(key))
-        if line.get("stage") == stage and step is not None and value is not None:
-            points[step] = value
-    return dict(sorted(points.items()))
-
-
-def _sizes(point: Any, metric: m.Metric, models: m.Models, colors: Mapping[str, int]) -> list[Any]:
-    points = []
-    factor = 100 if metric.unit == "%" else 1
-    for name in m.ordered(models):
-        size, value = m.number(models[name].get("size_mib")), metric.measured(models[name])
-        if size and value is not None:
-            stderr = factor * (metric.stderr(models[name]) or 0.0)
-            before = "pruned" if m.is_pruned(models) else "before"
-            label = {"student_before": before, "baseline": "baseline"}.get(name, name)
-            points.append(point(label, colors.get(name, 4), size, factor * value, stderr))
-    return points
-
-
-def _lineage(generated: list[dict[str, Any]]) -> dict[str, Any] | None:
-    if not generated:
-        return None
-    kept = sum(1 for row in generated if row.get("kept"))
-    reasons = [str(row.get("reason") or "no reason given") for row in generated if not row.get("kept")]
-    dropped = Counter(reason.partition(":")[0] for reason in reasons)  # the filter, without what it measured
-    return {"written": len(generated), "kept": kept, "dropped": dropped.most_common()}
+def _foot(runs: list[RunRecord], notes: Sequence[str]) -> dict[str, Any]:
+    unreadable = [line for run in runs for line in run.unreadable]
+    return {"commands": commands(runs), "details": details(runs), "notes": [*notes, *unreadable]}
 
 
 def _differences(runs: list[RunRecord]) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from mlx_distill import metrics as m
 from mlx_distill.errors import MissingExtra
 from mlx_distill.files import write_json
 from mlx_distill.frontier import COSTS, LATENCY, METRICS, SIZE, Frontier, Point, sentence
-from mlx_distill.report_page import RUNS, details, tables, write_page
+from mlx_distill.report_page import NO_MATPLOTLIB, RUNS, commands, details, tables, write_page
 from mlx_distill.run_record import RunRecord
 
 _TIMES = (
@@ -42,11 +42,8 @@ def write_frontier(folder: Path, found: Frontier, runs: Sequence[RunRecord], nam
         "figures_first": True,
         "highlighted": None if found.pick is None else found.points[found.pick].name,
         "notes": [_TIMES, *missing, *(line for run in runs for line in run.unreadable)],
-        "samples": [],
-        "generated": None,
-        "sandbox": None,
+        "commands": commands(runs),
         "details": details(list(runs)),
-        "differences": None,
     }
     return write_page(page, folder / "frontier.html")
 
@@ -149,13 +146,14 @@ def _figures(found: Frontier) -> tuple[list[dict[str, Any]], list[str]]:
     from mlx_distill import figures
 
     made = []
+    empty: dict[str, Any] = {"svg": "", "said": "", "lines": [], "bars": []}
     axes = {"size": "MiB on disk" if _in_mib(found) else "GiB on disk", "latency": "milliseconds a token"}
     for cost in COSTS:
         title = f"{found.score} against {cost}"
         points, front, reasons = _points(found, cost)
         if len(points) < 2:
             why = f"Not drawn: {'; '.join(reasons) or 'fewer than two models have both'}."
-            made.append({"title": title, "svg": "", "lines": [], "note": why})
+            made.append({**empty, "title": title, "note": why})
             continue
         score = METRICS[found.score]
         factor = 100 if score.unit == "%" else 1
@@ -169,8 +167,10 @@ def _figures(found: Frontier) -> tuple[list[dict[str, Any]], list[str]]:
                 line=None if found.line is None else factor * found.line,
             )
         except MissingExtra:
-            return [], ["Charts are left out: pip install 'mlx-distill[report]' adds them."]
-        made.append({"title": title, "svg": svg, "lines": _legend(found), "note": "; ".join(reasons)})
+            return [], [NO_MATPLOTLIB]
+        said = "; ".join(f"{p.label} {m.three_digits(p.quality)} at {m.three_digits(p.size)}" for p in points)
+        drawn = {"svg": svg, "said": f"{title}: {said}.", "lines": _legend(found)}
+        made.append({**empty, **drawn, "title": title, "note": "; ".join(reasons)})
     return made, []
 
 

@@ -12,9 +12,11 @@ import mlx.nn as nn
 from mlx_distill import checkpoint
 from mlx_distill.console import Console, step_line
 from mlx_distill.files import write_json, write_text
+from mlx_distill.following import Following
 from mlx_distill.interrupt import Interrupts
 from mlx_distill.losses.menu import MENU
 from mlx_distill.recipe import Recipe
+from mlx_distill.resident import memory_in_use
 from mlx_distill.self_teacher import Average
 
 
@@ -23,7 +25,8 @@ class Run:
 
     def __init__(self, folder: Path, console: Console, interrupts: Interrupts | None = None):
         self.folder, self.console = folder, console
-        self.progress = console.progress
+        self.following = Following(folder, console)
+        self.progress = self.following.progress
         self.interrupts = interrupts or Interrupts()
 
     def stage(self, name: str, work: Callable[[], dict[str, Any]], options: Any = None) -> dict[str, Any]:
@@ -39,8 +42,9 @@ class Run:
         if name in finished:
             order = list(finished)
             self.forget(set(order[order.index(name) :]))
-        result = work() if options is None else {**work(), "options": options}
-        write_json(self.folder / "stages.json", {**self.stages(), name: result})
+        with self.following.stage(name):
+            result = work() if options is None else {**work(), "options": options}
+            write_json(self.folder / "stages.json", {**self.stages(), name: result})
         return result
 
     def stages(self) -> dict[str, Any]:
@@ -52,6 +56,7 @@ class Run:
         """Let stages be done again."""
         kept = {name: result for name, result in self.stages().items() if name not in names}
         write_json(self.folder / "stages.json", kept)
+        self.following.forget(names)
 
     def model(self, name: str) -> Path:
         return self.folder / "models" / name
@@ -142,13 +147,15 @@ class StageLog:
         self.run, self.stage, self.interrupts = run, stage, run.interrupts
         self._prefix = "" if stage == "student" else f"{stage}-"
         self._checkpoints = run.folder / "checkpoints"
+        self._newest: dict[str, float] = {}  # of the last line of metrics, for the bar
 
     def steps(self, first: int, last: int) -> Iterator[int]:
         """Numbers of the steps to take, shown as progress."""
         with self.run.progress(self.stage, max(0, last + 1 - first), "steps") as advance:
             for step in range(first, last + 1):
                 yield step
-                advance()
+                how, gib = memory_in_use()
+                advance(1, **self._newest, **{how: gib})
 
     def metrics(self, counters: Counters, recipe: Recipe, gradient_norm: float, learning_rate: float) -> None:
         """Log the means since the last line, in nats a counted label, and close the window."""
@@ -156,6 +163,7 @@ class StageLog:
         own = counters.own_means()
         speed = counters.window_tokens / max(1e-9, counters.window_seconds)
         counters.close_window()
+        self._newest = {"loss": loss}
         self._write(
             counters.step,
             {
@@ -178,7 +186,7 @@ class StageLog:
     def validation(self, step: int, values: dict[str, float]) -> None:
         self._write(step, {f"valid_{name}": value for name, value in values.items()})
         shown = "  ".join(f"valid_{name} {values[name]:.3f}" for name in ("nll", "kl") if name in values)
-        self.run.console.say(f"{self.stage:9} step {step:5d}  {shown}")
+        self.run.console.step(f"{self.stage:9} step {step:5d}  {shown}")
 
     def say(self, line: str) -> None:
         self.run.console.say(f"{self.stage}: {line}")
@@ -195,6 +203,7 @@ class StageLog:
         if found is not None:
             counters = Counters(**checkpoint.load(found, student, optimizer, *averages))
         self._drop_after(counters.step)
+        self.run.following.restarted(self.stage, counters.step)
         if found is not None:
             self.run.console.say(f"{self.stage}: going on from step {counters.step}")
         return counters
@@ -203,6 +212,7 @@ class StageLog:
         line = json.dumps({"step": step, "stage": self.stage, **values})
         with open(self.run.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(line + "\n")
+        self.run.following.metrics(self.stage, step, values)
 
     def _drop_after(self, step: int) -> None:
         """Forget metrics of steps that will be taken again."""

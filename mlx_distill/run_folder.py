@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,12 +20,10 @@ from mlx_distill.doctor import memory_gib
 from mlx_distill.errors import DistillError, RunFolderError
 from mlx_distill.files import write_json, write_text
 from mlx_distill.interrupt import Interrupts
+from mlx_distill.layout import FINGERPRINT, ROOT
 from mlx_distill.mistakes import shown
 from mlx_distill.recipe import Recipe
 from mlx_distill.run import Run
-
-ROOT = Path("runs")
-FINGERPRINT = "fingerprint"  # the file that makes a folder a run's
 
 
 def check_folder(options: Recipe, *, resume: bool, overwrite: bool, root: Path = ROOT) -> None:
@@ -144,7 +143,7 @@ def environment() -> dict[str, Any]:
     """What ran and where, for the folder and every report."""
     info = mx.device_info()
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "mlx_distill": mlx_distill.__version__,
         "mlx": version("mlx"),
@@ -158,6 +157,13 @@ def environment() -> dict[str, Any]:
         "blas": mlx_distill.BLAS,
         "commit": _commit(),
     }
+
+
+def _command() -> str:
+    """What was typed, so that it can be typed again."""
+    program = Path(sys.argv[0]).name
+    started = ["python", "-m", "mlx_distill"] if program == "__main__.py" else [program]
+    return shlex.join([*started, *sys.argv[1:]])
 
 
 def _commit() -> str | None:

@@ -13,12 +13,22 @@ class RunRecord(NamedTuple):
 
     name: str
     models: Models
+    comparisons: list[dict[str, Any]]  # of evaluation.json, as are these two
+    tasks: dict[str, dict[str, Any]]
     recipe: str
     environment: dict[str, Any]
+    stages: dict[str, Any]
+    memory: dict[str, Any]
     log: list[dict[str, Any]]  # metrics.jsonl
     answers: list[dict[str, Any]]  # samples/evaluation.jsonl
+    disagreements: list[dict[str, Any]]  # samples/disagreements.jsonl
     generated: list[dict[str, Any]]  # samples/generated.jsonl
     unreadable: list[str]  # what was left out, and why
+
+    def stage(self, name: str) -> dict[str, Any]:
+        """What a stage has left in stages.json; empty where it has not."""
+        found = self.stages.get(name)
+        return found if isinstance(found, dict) else {}
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -35,15 +45,28 @@ def read_run(folder: Path) -> RunRecord:
     if not isinstance(models, dict) or not models or not all(isinstance(x, dict) for x in models.values()):
         raise DataError(f'{path}: expected {{"schema": 1, "models": {{...}}}}; {again}')
     unreadable: list[str] = []
-    environment = _read_lines(folder / "environment.json", unreadable, whole=True)
+
+    def whole(name: str) -> dict[str, Any]:
+        found = _read_lines(folder / name, unreadable, whole=True)
+        return found[0] if found else {}
+
+    def rows(name: str) -> list[dict[str, Any]]:
+        return _read_lines(folder / "samples" / name, unreadable)
+
+    compared, tasks = tree.get("comparisons"), tree.get("tasks")
     return RunRecord(
         name=str(tree.get("recipe") or folder.resolve().name),
         models=models,
+        comparisons=[one for one in compared if isinstance(one, dict)] if isinstance(compared, list) else [],
+        tasks={k: v for k, v in tasks.items() if isinstance(v, dict)} if isinstance(tasks, dict) else {},
         recipe=_read_text(folder / "recipe.yaml", unreadable),
-        environment=environment[0] if environment else {},
+        environment=whole("environment.json"),
+        stages=whole("stages.json"),
+        memory=whole("memory.json"),
         log=_read_lines(folder / "metrics.jsonl", unreadable),
-        answers=_read_lines(folder / "samples" / "evaluation.jsonl", unreadable),
-        generated=_read_lines(folder / "samples" / "generated.jsonl", unreadable),
+        answers=rows("evaluation.jsonl"),
+        disagreements=rows("disagreements.jsonl"),
+        generated=rows("generated.jsonl"),
         unreadable=unreadable,
     )
 

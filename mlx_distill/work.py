@@ -30,6 +30,7 @@ class Work:
     run: Run
     recipe: Recipe
     prepared: Prepared
+    unsafe: bool = False  # the user lets programs that models wrote run where no sandbox holds them
     _loaded: dict[str, Loaded] = field(default_factory=dict)
 
     def teacher(self, place: str = "teacher") -> Loaded:

@@ -28,7 +28,7 @@ from mlx_distill.lessons import lessons
 from mlx_distill.options import Generate
 from mlx_distill.pipeline import resumable_if_full
 from mlx_distill.preflight import prepare
-from mlx_distill.report import _lineage
+from mlx_distill.report_lineage import counted
 from mlx_distill.run import Run
 from mlx_distill.runaway import RunawayAlarm
 from mlx_distill.work import Work
@@ -308,7 +308,7 @@ def test_options_that_nobody_would_heed_are_refused() -> None:
 def test_a_report_counts_by_filter_not_by_what_it_measured() -> None:
     reasons = ["repetition: 61 %", "repetition: 70 %", "empty", None]
     rows = [{"kept": reason is None, "reason": reason} for reason in reasons]
-    assert _lineage(rows) == {"written": 4, "kept": 1, "dropped": [("repetition", 2), ("empty", 1)]}
+    assert counted(rows) == {"written": 4, "kept": 1, "dropped": [("repetition", 2), ("empty", 1)]}
 
 
 # --- the alarm -----------------------------------------------------------------------------------

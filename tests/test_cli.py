@@ -69,7 +69,7 @@ WRONG = {
     "no test file": (["recipe.yaml", "data.test=god.jsonl"], "god.jsonl: no such file"),
     "no test data": (
         ["recipe.yaml", "data.test=null"],
-        "`evaluate.tasks` [fidelity, speed] measure on `data.test`",
+        "`evaluate.tasks` [fidelity] measure on `data.test`",
     ),
     "no tests in it": (
         ["recipe.yaml", "evaluate.tasks=[code]"],

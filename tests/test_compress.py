@@ -225,8 +225,10 @@ def test_widths_make_a_section_of_their_own(folder: Path) -> None:
 WRONG = {
     "unknown score": (
         ["compress={score: pass_1}"],
-        "`compress.score`: one of pass@1, pass@5, pass@10, exact_match, rougeL, rouge1, rouge2, "
-        "top1_agreement; got 'pass_1'",
+        "`compress.score`: one of pass@1, pass@5, pass@10, humaneval_pass@1, "
+        "humaneval_pass@5, humaneval_pass@10, mbpp_pass@1, mbpp_pass@5, mbpp_pass@10, exact_match, accuracy, "
+        "accuracy_normalised, "
+        "rougeL, rouge1, rouge2, top1_agreement; got 'pass_1'",
     ),
     "a score that is lower where better": (
         ["compress={score: kl}"],

@@ -151,3 +151,26 @@ def test_a_dumb_terminal_gets_plain_lines(clock: Clock, monkeypatch: pytest.Monk
 def test_rich_is_not_imported_before_a_bar_is_drawn():
     code = "import sys, mlx_distill.console as c; c.Console().say('x'); sys.exit('rich' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_columns_stand_in_the_order_in_which_they_were_last_given(clock: Clock):
+    """The bar of a training stage knows no loss before the first line of metrics."""
+    console, stream = plain(clock)
+    with console.progress("student", 100, "steps") as advance:
+        advance(1, memory=1.25)
+        clock.now += 10
+        advance(9, loss=0.412, memory=1.35)
+    assert "left 00:01:30  loss 0.412  memory 1.4 GiB" in stream.getvalue()
+
+
+def test_what_is_said_is_recorded_and_steps_are_not(clock: Clock):
+    console, _ = plain(clock)
+    lines: list[str] = []
+    console.record = lines.append
+    console.say("a warning")
+    console.step("student   step     1/4  loss 0.5")
+    with console.progress("reading", 30, "rows") as advance:
+        for _ in range(3):
+            clock.now += 11
+            advance(10)
+    assert lines == ["a warning", "reading  30 rows  0.91 rows/s  in 00:00:33"]

@@ -15,6 +15,7 @@ from tiny import tiny_recipe
 from mlx_distill import models
 from mlx_distill.data.rows import Row
 from mlx_distill.errors import DataError, RecipeError
+from mlx_distill.evaluate import answering
 from mlx_distill.evaluate import model as measuring
 from mlx_distill.evaluate.decoding import mean_stderr, pass_at
 from mlx_distill.generate import Answer
@@ -40,6 +41,28 @@ def test_pass_at_k_is_the_chance_over_all_choices_of_k() -> None:
     assert pass_at(1, scores) == pytest.approx(np.mean(scores))
 
 
+def published_pass_at_k(n: int, c: int, k: int) -> float:
+    """As Chen et al. 2021 (arXiv 2107.03374) print it in figure 3, and openai/human-eval computes it."""
+    if n - c < k:
+        return 1.0
+    return float(1.0 - np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
+
+
+def test_pass_at_k_is_the_published_estimator() -> None:
+    """On made-up counts; the usual mistakes are off by more than the comparison allows."""
+    for n in (1, 5, 10, 200):
+        for c in sorted({0, 1, n // 3, n // 2, n - 1, n} - {-1}):
+            for k in sorted({1, 2, 5, 10, n} & {*range(1, n + 1)}):
+                scores = [[1.0] * c + [0.0] * (n - c)]
+                assert pass_at(k, scores) == pytest.approx(published_pass_at_k(n, c, k), abs=1e-12)
+    many = [[1.0] * c + [0.0] * (10 - c) for c in (0, 1, 3, 10)]
+    mean = np.mean([published_pass_at_k(10, c, 5) for c in (0, 1, 3, 10)])
+    assert pass_at(5, many) == pytest.approx(mean, abs=1e-12)
+    pooled = published_pass_at_k(40, 14, 5)  # all answers as if to one problem
+    replaced = np.mean([1 - (1 - c / 10) ** 5 for c in (0, 1, 3, 10)])  # drawn with replacement
+    assert abs(pooled - mean) > 0.1 and abs(replaced - mean) > 0.02
+
+
 def test_pass_at_k_is_unbiased_and_the_usual_estimate_is_not() -> None:
     """Problems that an answer passes with a chance of 0.2: at least one of five does with 1 - 0.8^5."""
     drawn = generator(0, "pass_at", 0).random((4000, 6)) < 0.2
@@ -60,7 +83,8 @@ def test_answers_to_one_problem_are_no_problems() -> None:
         means.append(np.mean(scores))
     assert np.mean(errors) == pytest.approx(np.std(means), rel=0.15)
     assert math.sqrt(0.4 * 0.6 / 500) < 0.4 * np.std(means)  # all answers counted as problems
-    assert mean_stderr([[1.0], [0.0], [0.0], [0.0]]) == pytest.approx(math.sqrt(0.25 * 0.75 / 4))
+    assert mean_stderr([[1.0], [0.0], [0.0], [0.0]]) == pytest.approx(math.sqrt(0.25 * 0.75 / 3))
+    assert mean_stderr([[1.0, 0.0]]) is None  # one problem says nothing of others
 
 
 # --- one model ---
@@ -98,11 +122,11 @@ def test_scores_are_means_over_problems_and_answers(loaded: Loaded, monkeypatch:
     """Two problems, ten answers each; the first is solved by 1 of 5, the second by 4 of 5."""
     texts = [*[RIGHT, *[WRONG] * 4] * 2, *[WRONG, *[RIGHT] * 4] * 2]
     writer = Writer(loaded, {0.7: texts})
-    monkeypatch.setattr(measuring, "generate", writer)
+    monkeypatch.setattr(answering, "generate", writer)
     rows = [DOUBLE, Row(prompt="other", task="summary", references=("x",)), DOUBLE]
-    found, judged = measuring.judge("m", loaded, rows, options(temperature=0.7, samples=10), seed=3)
+    found, judged = answering.judge("m", loaded, rows, options(temperature=0.7, samples=10), seed=3)
     assert found["pass@1"] == pytest.approx(0.5)
-    assert found["pass@1_stderr"] == pytest.approx(0.3 / math.sqrt(2))
+    assert found["pass@1_stderr"] == pytest.approx(0.3)
     both = [1 - math.comb(8, 5) / math.comb(10, 5), 1 - 0]
     assert found["pass@5"] == pytest.approx(np.mean(both))
     assert found["pass@10"] == 1.0
@@ -115,9 +139,9 @@ def test_scores_are_means_over_problems_and_answers(loaded: Loaded, monkeypatch:
 
 def test_greedy_answers_are_written_once(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = Writer(loaded, {0.0: [RIGHT, WRONG]})
-    monkeypatch.setattr(measuring, "generate", writer)
+    monkeypatch.setattr(answering, "generate", writer)
     at_zero = options(samples=5, tune=[0.0, 1.0]).model_copy(update={"temperature": 0.0})
-    found, judged = measuring.judge("m", loaded, [DOUBLE, DOUBLE], at_zero)
+    found, judged = answering.judge("m", loaded, [DOUBLE, DOUBLE], at_zero)
     assert writer.calls[0]["prompts"] == 2
     assert found["pass@1"] == found["pass@5"] == 0.5  # as five equal answers give
     assert [len(one) for one in judged] == [1, 1]
@@ -128,12 +152,12 @@ def test_each_model_is_tuned_on_other_rows_than_those_of_the_test(
 ) -> None:
     """Of 0.5 and 1, equally good, the lower is taken, and the test is answered at it and nothing else."""
     writer = Writer(loaded, {0.2: [WRONG], 0.5: [RIGHT, WRONG], 1.0: [WRONG, RIGHT], 2.0: [WRONG]})
-    monkeypatch.setattr(measuring, "generate", writer)
+    monkeypatch.setattr(answering, "generate", writer)
     how = options(tune=[2.0, 1.0, 0.5, 0.2], samples=2, top_k=10, top_p=0.8)
     test = measuring.TestSet([DOUBLE] * 3, [], 0)
-    found, _ = measuring.measure(
-        "m", loaded, test, how, 100, teacher=None, folder=None, valid=[DOUBLE] * 5, seed=1
-    )
+    found = measuring.measure(
+        "m", lambda: loaded, test, how, 100, teacher=lambda: None, folder=None, valid=[DOUBLE] * 5, seed=1
+    ).metrics
     assert found["tuned"] == {"0.2": 0.0, "0.5": 0.5, "1": 0.5, "2": 0.0}
     assert found["temperature"] == 0.5
     asked = [(call["prompts"], call["sampling"].temperature) for call in writer.calls]
@@ -145,9 +169,11 @@ def test_each_model_is_tuned_on_other_rows_than_those_of_the_test(
 def test_a_plain_evaluation_says_nothing_of_temperatures(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measuring, "generate", Writer(loaded, {0.0: [RIGHT]}))
+    monkeypatch.setattr(answering, "generate", Writer(loaded, {0.0: [RIGHT]}))
     test = measuring.TestSet([DOUBLE], [], 0)
-    found, _ = measuring.measure("m", loaded, test, options(), 100, teacher=None, folder=None)
+    found = measuring.measure(
+        "m", lambda: loaded, test, options(), 100, teacher=lambda: None, folder=None
+    ).metrics
     assert not {"temperature", "tuned", "pass@5"} & found.keys()
     assert found["pass@1"] == 1.0
 

@@ -77,7 +77,7 @@ def test_held_out_texts_that_are_all_too_short_are_refused() -> None:
 
 
 def test_a_test_that_is_not_understood_is_refused_before_the_teacher_works() -> None:
-    with pytest.raises(DataError, match="prompts:9: test 'assert f'"):
+    with pytest.raises(DataError, match="prompts:9: the tests call no function"):
         check({"verified": True}, [Row(prompt="?", tests=("assert f",), origin="prompts:9")])
 
 

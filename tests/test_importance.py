@@ -337,10 +337,10 @@ def without_a_layer(loaded: Loaded, number: int) -> Any:
 
 def test_loss_changes_are_those_of_a_model_without_the_layer() -> None:
     found = loss_changes(llama(), ROWS, ALL, 50)
-    whole = fidelity(llama().model, ROWS, 50)["nll"]
+    whole = fidelity(llama().model, ROWS, 50)[0]["nll"]
     for number in range(2):
         assert found[number] == pytest.approx(
-            fidelity(without_a_layer(llama(), number), ROWS, 50)["nll"] - whole, abs=1e-6
+            fidelity(without_a_layer(llama(), number), ROWS, 50)[0]["nll"] - whole, abs=1e-6
         )
     assert found.dtype == np.float64 and np.abs(found).min() > 1e-3
 

@@ -122,7 +122,7 @@ def test_harms_are_the_kl_of_the_model_with_one_layer_rounded() -> None:
             other = model()
             module = plain_layers(other.model)[path]
             module.weight = mx.dequantize(*mx.quantize(module.weight, 32, bits), 32, bits)
-            kl = fidelity(other.model, ROWS, 50, teacher=LiveTeacher(model(), 50))["kl"]
+            kl = fidelity(other.model, ROWS, 50, teacher=LiveTeacher(model(), 50))[0]["kl"]
             assert harms[path][bits] == pytest.approx(kl, rel=1e-3, abs=1e-8)
     assert all(harm[2] > harm[4] > harm[8] > 0 for harm in harms.values())
 
@@ -133,7 +133,7 @@ def test_the_whole_harm_is_that_of_the_quantized_model() -> None:
     bits = {path: 8 if "mlp" in path else 4 for path in plain_layers(loaded.model)}
     [measured] = whole_harms(loaded, options, [bits], ROWS, 50)
     small = quantized(model(), level_of().grid, bits)
-    kl = fidelity(small.model, ROWS, 50, teacher=LiveTeacher(model(), 50))["kl"]
+    kl = fidelity(small.model, ROWS, 50, teacher=LiveTeacher(model(), 50))[0]["kl"]
     assert measured == pytest.approx(kl, rel=1e-3)
     harms = layer_harms(loaded, options, ROWS, 50)
     assert measured == pytest.approx(sum(harms[path][width] for path, width in bits.items()), rel=0.5)
@@ -161,7 +161,7 @@ def test_mixed_is_no_larger_and_no_worse_than_one_width(bits: int) -> None:
     made, plain = quantized(model(), level.grid, found), quantized(model(), level.grid)
     assert bytes_of(made) == told["bytes"] <= bytes_of(plain) == told["budget"]
     kl, uniform = (
-        fidelity(one.model, ROWS, 50, teacher=LiveTeacher(model(), 50))["kl"] for one in (made, plain)
+        fidelity(one.model, ROWS, 50, teacher=LiveTeacher(model(), 50))[0]["kl"] for one in (made, plain)
     )
     assert uniform == pytest.approx(told["kl_uniform"], rel=1e-3)
     assert kl == pytest.approx(min(told["kl_mixed"], told["kl_uniform"]), rel=1e-3)

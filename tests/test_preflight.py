@@ -75,9 +75,9 @@ def test_evaluation_needs_rows_that_it_can_judge(folder: Path) -> None:
     with pytest.raises(DataError, match="'summary' needs rows with `references` in `data.test`"):
         prepared(data={"test": tests}, evaluate={"tasks": ["code", "summary"]})
     with pytest.raises(
-        RecipeError, match=r"`evaluate.tasks` \[speed\] measure on `data.test`, which is missing"
+        RecipeError, match=r"`evaluate.tasks` \[exact\] measure on `data.test`, which is missing"
     ):
-        prepared(evaluate={"tasks": ["speed"]})
+        prepared(evaluate={"tasks": ["speed", "exact"]})
 
 
 def test_files_are_read_before_corpora_are_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -249,7 +249,8 @@ def test_bits_per_weight_are_measured(tokenizer: Any) -> None:
 
     def told(loaded: Loaded) -> dict[str, Any]:
         asked = Evaluate(tasks=[])
-        return measure("x", loaded, TestSet([], [], 0), asked, 64, teacher=None, folder=None)[0]
+        none = {"teacher": lambda: None, "folder": None}
+        return measure("x", lambda: loaded, TestSet([], [], 0), asked, 64, **none).metrics
 
     assert "bits_per_weight" not in told(loaded)
     small = quantized(loaded, Grid(bits=4, group_size=32), None, "float16")

@@ -16,8 +16,8 @@ from mlx_distill.console import Console
 from mlx_distill.data.batch import Encoded, make_batch
 from mlx_distill.data.rows import Row
 from mlx_distill.errors import DataError, RecipeError
-from mlx_distill.evaluate import model as evaluation
-from mlx_distill.evaluate.model import judge
+from mlx_distill.evaluate import answering as evaluation
+from mlx_distill.evaluate.answering import judge
 from mlx_distill.generate import Answer
 from mlx_distill.lessons import labels, lessons
 from mlx_distill.optimizer import make_optimizer
@@ -327,7 +327,7 @@ def test_only_what_follows_the_marks_is_judged(monkeypatch: pytest.MonkeyPatch) 
     assert [one.score for [one] in judged] == [1, 1, 0, 0]
     assert [one.text for [one] in judged] == said  # the report shows all of it
     assert (metrics["exact_match"], metrics["questions"]) == (0.5, 4)
-    assert metrics["exact_match_stderr"] == pytest.approx(0.25)
+    assert metrics["exact_match_stderr"] == pytest.approx(0.5 / 3**0.5)
     # Without the marks only the bare answer is right.
     assert judge("student", loaded, rows, options)[0]["exact_match"] == 0.25
 

@@ -176,7 +176,7 @@ def test_the_last_override_wins(file: Path) -> None:
         ("quantize.bits=7", "`quantize.bits`: one of 2, 3, 4, 5, 6, 8; got 7"),
         ("quantize.bits='4'", "`quantize.bits`: one of 2, 3, 4, 5, 6, 8; got '4'"),
         ("evaluate.tasks=code", "`evaluate.tasks`: a list; got 'code'"),
-        ("evaluate.tasks=[coode]", "`evaluate.tasks.0`: one of fidelity, code, summary, exact, speed"),
+        ("evaluate.tasks=[coode]", "`evaluate.tasks.0`: one of fidelity, code, summary, exact, choice, "),
         ("data.train=[1]", "`data.train`: a mapping; got [1]"),
         ("data.train={}", "missing key `data.train.source`"),
         ("data.train=null", "`data`: needs `train` (rows with answers), `prompts` (rows without), or both"),

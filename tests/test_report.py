@@ -12,7 +12,6 @@ import pytest
 from mlx_distill.errors import DataError, NotFound, RunFolderError
 from mlx_distill.metrics import COST, QUALITY, count, ordered
 from mlx_distill.report import write_comparison, write_report
-from mlx_distill.verdict import verdict
 
 HOSTILE = "<script>alert(1)</script><img src=https://evil.example/x.png onerror=alert(2)>"
 MODELS: dict[str, dict[str, Any]] = {
@@ -50,12 +49,48 @@ train: {steps: 600, learning_rate: 3e-3}
 """
 
 
+COMPARISONS = [
+    {"metric": "pass@1", "model": "student", "other": "teacher", "problems": 1000, "difference": -0.077,
+     "low": -0.096, "high": -0.059, "level": 0.95, "verdict": "worse"},
+    {"metric": "pass@1", "model": "student", "other": "baseline", "problems": 1000, "difference": 0.638,
+     "low": 0.607, "high": 0.668, "level": 0.95, "verdict": "better"},
+    {"metric": "pass@1", "model": "student-4bit", "other": "student", "problems": 1000, "difference": -0.021,
+     "low": -0.043, "high": 0.001, "level": 0.95, "verdict": "no difference seen"},
+    {"metric": "kl", "model": "student", "other": "baseline", "problems": 1000, "difference": -0.8307,
+     "low": -0.86, "high": -0.8, "level": 0.95, "verdict": "better"},
+]  # fmt: skip
+TASKS = {
+    "code": {"version": "2", "rows": 1000, "digest": "ab" * 32, "max_tokens": 100, "temperature": 0.0,
+             "samples": 1, "seed": 0, "batch_size": 256, "seconds": 5.0, "prompt": f"{{prompt}}{HOSTILE}"},
+}  # fmt: skip
+STAGES = {
+    "generate": {"written": 5000, "kept": 4930, "dropped": {"unfinished": 41, "empty": 29}},
+    "cache": {},  # it had nothing to do
+    "train": {"rows": 5030, "train_tokens": 1340416, "train_seconds": 118.2},
+    "baseline": {"rows": 100, "train_tokens": 1331200, "train_seconds": 91.4},
+}
+MEMORY = {
+    "predicted_gib": {"student": 0.02, "teachers": 0.01, "logits": 0.034, "together": 0.064},
+    "measured_gib": {"generate": 0.31, "cache": 0.5, "train": 0.08},
+    "machine_gib": 17.6,
+    "how": "resident memory of the process",
+    "why": None,
+}
+DISAGREEMENTS = [
+    {"model": "student", "prompt": f"def f(x):\n{HOSTILE}", "kl": 0.4,
+     "tokens": [["    ", 0.01, "    ", "    "], ["return", 0.3, "return", "return"],
+                [" x\n", 1.4, " y\n", " x\n"], [HOSTILE, 2.5, HOSTILE, "<b>"], ["", 0.0, "", ""]]},
+    {"model": "student", "prompt": "q", "kl": 0.9, "tokens": [["late", 0.9, "soon", "late"]]},
+]  # fmt: skip
+
+
 def make_run(
     folder: Path, name: str = "quickstart", models: dict[str, Any] | None = None, minimal: bool = False
 ) -> Path:
     """A run folder as a finished quickstart leaves it; with `minimal`, evaluation.json alone."""
     folder.mkdir(parents=True)
     evaluation = {"schema": 1, "recipe": name, "models": MODELS if models is None else models}
+    evaluation |= {} if minimal else {"comparisons": COMPARISONS, "tasks": TASKS}
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     if minimal:
         return folder
@@ -78,10 +113,17 @@ def make_run(
     outcomes = ["student"] * 7 + ["all"] * 11 + ["teacher"] * 2
     rows = [_answered(number, outcome) for number, outcome in enumerate(outcomes)]
     (folder / "samples" / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    generated = [{"prompt": "p", "answer": "a", "kept": True, "reason": None}] * 4930
-    generated += [{"prompt": "p", "answer": None, "kept": False, "reason": "unfinished after 64 tokens"}] * 41
-    generated += [{"prompt": "p", "answer": "", "kept": False, "reason": f"empty {HOSTILE}"}] * 29
+    reasons = [None] * 4930 + ["unfinished after 64 tokens"] * 41 + [f"empty {HOSTILE}"] * 29
+    generated = [
+        {"prompt": "p", "row": row, "answer": "a", "kept": reason is None, "reason": reason}
+        for row, reason in enumerate(reasons)
+    ]
     (folder / "samples" / "generated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in generated))
+    (folder / "samples" / "disagreements.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in DISAGREEMENTS)
+    )
+    (folder / "stages.json").write_text(json.dumps(STAGES))
+    (folder / "memory.json").write_text(json.dumps(MEMORY))
     return folder
 
 
@@ -123,7 +165,8 @@ def html(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_every_number_of_the_evaluation_stands_in_the_tables_exactly(html: str):
-    shown = sorted(float(tag["value"] or "nan") for name, tag in Page(html).tags if name == "data")
+    tags = [tag for name, tag in Page(html).tags if name == "data" and "data-metric" in tag]
+    shown = sorted(float(tag["value"] or "nan") for tag in tags)
     columns = {metric.name for metric in (*QUALITY, *COST)}
     given = [v for metrics in MODELS.values() for k, v in metrics.items() if k in columns and v is not None]
     assert shown == sorted(given)
@@ -160,7 +203,7 @@ def test_ids_are_unique_and_references_reach_one(html: str):
 
 def test_figures_take_the_colours_of_the_page(html: str):
     svg = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
-    assert svg.count("<svg") == 4
+    assert svg.count("<svg") == 5  # three curves, size and latency
     assert "var(--c1)" in svg
     assert not re.findall(r"#0[0-9a-f]{5}|#fff", svg)
 
@@ -176,9 +219,10 @@ def test_samples_show_each_outcome_with_how_often_it_was(html: str):
 
 
 def test_generated_rows_are_accounted_for(html: str):
-    text = Page(html).text
-    assert "5,000 answers written, 4,930 kept" in text
-    assert "unfinished after 64 tokens" in text
+    text = " ".join(Page(html).text.split())
+    assert "5,000prompts 5,000answers written 4,930kept70 dropped (1.4 %)" in text
+    assert "5,030rows to learn from100 labelled, 4,930 answers" in text
+    assert "unfinished after 64 tokens41" in text
 
 
 def test_evaluation_alone_is_enough(tmp_path: Path):
@@ -248,46 +292,13 @@ def test_several_runs_stand_side_by_side(tmp_path: Path):
     assert "0.881" in exact and "0.9012" in exact
     assert "train.steps" in page.text and "900" in page.text
     assert "train.learning_rate" not in page.text[: page.text.index("How it was made")]
-    assert html.count("<svg") == 4
+    assert html.count("<svg") == 5
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path):
     runs = [make_run(tmp_path / name, minimal=True) for name in ("first", "second")]
     html = write_comparison(runs, tmp_path / "both.html").read_text()
     assert str(runs[0]) in html and str(runs[1]) in html
-
-
-def test_the_verdict_says_what_the_numbers_say():
-    lines = verdict(MODELS)
-    assert lines[0] == (
-        "The student keeps 92 % of the teacher's pass@1 at 19 % of its parameters: "
-        "88.1 ± 1.0 % against 95.8 ± 0.6 %."
-    )
-    assert lines[1] == (
-        "Trained without the teacher, the same student reaches a pass@1 of 24.3 ± 1.4 %, "
-        "63.8 ± 1.7 points less; before training its pass@1 was 0.0 %."
-    )
-    assert "is 0.120 nats/token, against 0.951 for the baseline and 6.170 before training" in lines[2]
-    assert lines[3].startswith("student-4bit takes 0.24 MiB (33 % of the student) and scores 86.0 ± 1.1 %")
-
-
-def test_the_verdict_does_not_hide_a_failure():
-    def student(score: float) -> list[str]:
-        return verdict({**MODELS, "student": {**MODELS["student"], "pass@1": score}})
-
-    assert "the teacher did not help" in student(0.15)[1]
-    assert "within two standard errors" in student(0.25)[1]
-    assert "did not help" not in student(0.25)[1]
-    assert student(0.9575)[0].startswith("The student keeps 99.9 %")
-    assert student(0.97)[0].startswith("The student reaches 101 %")
-
-
-def test_the_verdict_needs_neither_teacher_nor_baseline():
-    assert verdict({"student": {"pass@1": 0.5}}) == ["The student's pass@1 is 50.0 %."]
-    assert verdict({"student": {"nll": 1.25}, "student_before": {"nll": 4.0}}) == [
-        "The student's nll is 1.250 nats/token, against 4.000 before training."
-    ]
-    assert verdict({"teacher": {"pass@1": 0.9}})[0].startswith("No student was evaluated")
 
 
 @pytest.mark.parametrize(
@@ -305,25 +316,6 @@ def test_counts_are_short(value: float, text: str):
     assert count(value) == text
 
 
-def test_without_a_baseline_the_verdict_says_what_is_not_shown():
-    without = {name: metrics for name, metrics in MODELS.items() if name != "baseline"}
-    assert any("No baseline was trained" in line for line in verdict(without))
-    assert not any("No baseline" in line for line in verdict(MODELS))
-
-
-def test_across_tokenizers_the_verdict_compares_bytes_not_tokens():
-    why = {"kl": None, "kl_why": "the teacher's tokens are others"}
-    models = {
-        "teacher": {"nll": 1.6, "bits_per_byte": 0.8},
-        "baseline": {"nll": 3.0, "bits_per_byte": 1.2, **why},
-        "student": {"nll": 2.8, "bits_per_byte": 1.1, **why},
-    }
-    assert verdict(models) == [
-        "The student's nll in bits per byte of text is 1.100, against 0.800 for the teacher and 1.200 for "
-        "the baseline."
-    ]
-
-
 PRUNED = {
     **MODELS,
     "student_before": {
@@ -333,31 +325,6 @@ PRUNED = {
         "weights_before_pruning": 393216,
     },
 }
-
-
-def test_of_a_pruned_student_the_verdict_says_what_healing_did():
-    lines = verdict(PRUNED)
-    assert lines[1] == (
-        "Pruned alike and trained on labels alone, it reaches a pass@1 of 24.3 ± 1.4 %, 63.8 ± 1.7 points "
-        "less; before healing its pass@1 was 3.1 %."
-    )
-    assert lines[2].startswith(
-        "The student's KL to the teacher is 0.120 nats/token, against 0.951 for the baseline;"
-    )
-    assert lines[3] == (
-        "Cut to 50 % of the weights, its KL to the teacher was 2.500 before healing and is 0.120 nats/token "
-        "after."
-    )
-    assert not any("before training" in line for line in lines)
-
-
-def test_of_a_sparse_student_it_says_how_many_weights_are_zero():
-    before = {**PRUNED["student_before"], "weights_before_pruning": 196608, "sparsity": 0.48}
-    line = verdict({**PRUNED, "student_before": before})[3]
-    assert line.startswith("With 48 % of its weights at zero, its KL to the teacher was 2.500 before healing")
-    both = verdict({**PRUNED, "student_before": {**before, "weights_before_pruning": 393216}})[3]
-    assert both.startswith("Cut to 50 % of the weights, with 48 % of its weights at zero, its KL")
-    assert not any("healing" in line for line in verdict(MODELS)), "of another student nothing is said"
 
 
 def test_the_controls_of_a_pruned_student_have_their_own_names(tmp_path: Path):
@@ -382,22 +349,3 @@ def test_several_quantized_models_stand_from_the_largest_to_the_smallest(tmp_pat
     html = write_report(make_run(tmp_path / "run", models=models)).read_text()
     places = [html.index(f"</i>{name}</th>") for name in ordered(models)[4:]]
     assert places == sorted(places)
-
-
-def test_many_quantized_models_are_one_line_of_the_verdict():
-    lines = [line for line in verdict({**MODELS, **SMALLER}) if "student-" in line]
-    assert lines == [
-        "Smaller models of it: student-8bit 0.40 MiB, 87.9 ± 1.1 % pass@1; student-4bit 0.24 MiB, 86.0 ± 1.1 "
-        "% pass@1; student-mxfp4 0.22 MiB, 84.0 ± 1.1 % pass@1; student-3bit 0.19 MiB, 61.0 ± 1.1 % pass@1."
-    ]
-
-
-def test_without_a_score_a_quantized_model_is_told_by_its_kl():
-    scoreless = {
-        name: {key: value for key, value in metrics.items() if not key.startswith("pass@1")}
-        for name, metrics in MODELS.items()
-    }
-    assert verdict(scoreless)[1] == (
-        "student-4bit takes 0.24 MiB (33 % of the student) and has a KL to the teacher of 0.144 nats/token, "
-        "0.024 more."
-    )

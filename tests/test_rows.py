@@ -48,6 +48,22 @@ def test_what_judges_an_answer() -> None:
     assert row(id=3, tags=[1]) == row()
 
 
+def test_the_right_one_of_several_choices() -> None:
+    def row(**fields: Any) -> Row:
+        return parse_row({"prompt": "2 + 2 =", "choices": [" 3", " 4"], "answer": 1, **fields}, "here")
+
+    assert (row().task, row().choices, row().right) == ("choice", (" 3", " 4"), 1)
+    assert row().answer() == " 4"  # which fidelity reads
+    assert row(answer=0).right == 0
+    assert row(completion=" four").completion == " four"
+    assert row(tests="assert f() == 1").task == "code"
+    assert row(tests="assert f() == 1").right is None
+    assert row(references="4").task == "choice"
+    assert row(choices=None, answer="D").right is None  # a key of other data sets
+    chat = parse_row({"messages": CHAT, "choices": ["hello", "bye"], "answer": 0}, "here")
+    assert (chat.task, chat.right, chat.answer()) == ("choice", 0, "hello")
+
+
 def test_marks_of_other_systems_are_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "windows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n\r\n  \n" + GOOD.encode())
@@ -104,8 +120,17 @@ def test_at_most_stops_reading_there(tmp_path: Path) -> None:
         ('{"prompt": "a", "tools": ["f"]}', "`tools` is a list of objects"),
         ('{"prompt": "a", "tests": 3}', "`tests` is a string or a list of strings; got 3"),
         ('{"prompt": "a", "tests": [""]}', "`tests` holds an empty string"),
+        ('{"prompt": "a", "choices": "b", "answer": 0}', "needs two `choices` or more; got 1"),
+        ('{"prompt": "a", "task": "choice"}', "needs two `choices` or more; got 0"),
+        ('{"prompt": "a", "choices": ["b", " "], "answer": 0}', "`choices` holds an empty string"),
+        ('{"prompt": "a", "choices": ["b", 2], "answer": 0}', "`choices` is a string or a list of strings"),
+        ('{"prompt": "a", "choices": ["b", "c"]}', "of 2 `choices`, from 0; got null"),
+        ('{"prompt": "a", "choices": ["b", "c"], "answer": 2}', "of 2 `choices`, from 0; got 2"),
+        ('{"prompt": "a", "choices": ["b", "c"], "answer": -1}', "of 2 `choices`, from 0; got -1"),
+        ('{"prompt": "a", "choices": ["b", "c"], "answer": true}', "of 2 `choices`, from 0; got true"),
+        ('{"prompt": "a", "choices": ["b", "c"], "answer": "c"}', 'of 2 `choices`, from 0; got "c"'),
         ('{"prompt": "a", "references": [null]}', "`references` is a string or a list of strings"),
-        ('{"prompt": "a", "task": "poem"}', '`task` is one of code, summary, exact; got "poem"'),
+        ('{"prompt": "a", "task": "poem"}', '`task` is one of code, summary, exact, choice; got "poem"'),
         ('{"text": "a", "score": NaN}', "NaN is no JSON value"),
         ('{"text": "a", "score": -Infinity}', "-Infinity is no JSON value"),
         ('{"text": "a", "text": "b"}', "the key `text` stands twice"),

@@ -502,3 +502,52 @@ def test_a_cache_grows_by_the_step_of_its_instance():
         layer.step = 8
     model(mx.zeros((2, 5), dtype=mx.int32), cache=layers)
     assert layers[0].keys.shape[2] == 8
+
+
+# --- lm-evaluation-harness: mlx-lm's adapter -----------------------------------------------------
+
+
+@pytest.fixture
+def adapter():
+    """mlx-lm's adapter around a random model, whose tokens are bytes and none of which opens a text."""
+    pytest.importorskip("lm_eval", reason="the package lm_eval is not installed")
+    from mlx_lm.evaluate import MLXLM
+
+    class Bytes:
+        chat_template, has_thinking = None, False
+
+        def encode(self, text, add_special_tokens=True):
+            return list(text.encode())
+
+    adapter = MLXLM.__new__(MLXLM)
+    adapter._model, _ = tiny(vocab_size=256)
+    setattr(adapter, "tokenizer", Bytes())  # noqa: B010
+    adapter.use_chat_template = False
+    adapter._max_tokens, adapter._batch_size, adapter._sampler = None, 4, None
+    return adapter
+
+
+def test_mlx_lms_adapter_gives_an_empty_context_no_chance(adapter):
+    """Why evaluate/harness_model.py is ours, with the next two: once all three fail, take mlx-lm's."""
+    from lm_eval.api.instance import Instance
+
+    asked = [Instance("loglikelihood", {}, ("", "a"), 0), Instance("loglikelihood", {}, ("b", "a"), 1)]
+    empty, other = adapter.loglikelihood(asked)
+    assert empty == (-float("inf"), False) and np.isfinite(other[0])
+
+
+def test_mlx_lms_adapter_leaves_the_first_token_of_a_text_out(adapter):
+    from lm_eval.api.instance import Instance
+
+    rolled = adapter.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("abc",), 0)])[0]
+    logits = adapter._model(mx.array([list(b"abc")]))[0].astype(mx.float32)
+    log_p = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+    assert rolled == pytest.approx(log_p[0, ord("b")] + log_p[1, ord("c")], abs=1e-4)
+
+
+def test_mlx_lms_adapter_draws_greedily_whatever_a_task_asks():
+    pytest.importorskip("lm_eval", reason="the package lm_eval is not installed")
+    from mlx_lm.evaluate import MLXLM
+
+    source = inspect.getsource(MLXLM.generate_until)
+    assert "max_gen_toks" in source and not re.search(r"opt(\.get\(|\[)['\"](temperature|do_sample)", source)

@@ -499,11 +499,13 @@ def test_the_teacher_that_teaches_is_not_the_one_on_disk(folder: Path) -> None:
     cut = with_vocabulary(loaded, loaded.tokenizer, np.arange(100))
     options = Evaluate(tasks=["speed"])
     told: dict[str, Any] = {"teacher": None, "folder": folder / "teacher", "unlike": "it was cut"}
-    metrics, _ = measure("teacher", cut, test, options, 100, **told)
+    metrics = measure("teacher", lambda: cut, test, options, 100, **told).metrics
     assert metrics["decode_tokens_per_second"] is None
     assert metrics["decode_tokens_per_second_why"] == "it was cut"
     assert metrics["size_mib"] == metrics["parameters"] * 4 / 2**20
-    on_disk, _ = measure("teacher", cut, test, Evaluate(tasks=[]), 100, **{**told, "unlike": None})
+    on_disk = measure(
+        "teacher", lambda: cut, test, Evaluate(tasks=[]), 100, **{**told, "unlike": None}
+    ).metrics
     assert on_disk["size_mib"] > metrics["size_mib"]
 
 

@@ -6,8 +6,9 @@ Each line is an object in one of mlx-lm's three forms, and lines of different fo
     {"prompt": "...", "completion": "..."}      the completion may be absent, for prompts to be answered
     {"text": "..."}
 
-Beside any of them: `tests`, `references` and `task`, which say how an answer is judged. Other keys are
-passed over. A line that is none of this is refused with its file, its number and the reason.
+Beside any of them: `tests` (with `setup`), `references`, `choices` (with `answer`) and `task`, which say how
+an answer is judged. Other keys are passed over. A line that is none of this is refused with its file, its
+number and the reason.
 """
 
 import codecs
@@ -20,22 +21,27 @@ from typing import Any
 from mlx_distill.errors import DataError, NotFound
 
 FORMS = ("messages", "prompt", "text")  # the key that makes a form
-TASKS = ("code", "summary", "exact")
-_KEYS = (*FORMS, "completion", "tools", "tests", "references", "task")
+TASKS = ("code", "summary", "exact", "choice")
+_KEYS = (*FORMS, "completion", "tools", "tests", "setup", "references", "choices", "answer", "task")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of a data set, before any tokenizer saw it. One of the three forms is filled."""
+    """One line of a data set, before any tokenizer saw it. One of the three forms is filled; of published
+    problems `prompt` and `messages` are, for models without and with a chat template."""
 
     prompt: str | None = None
     completion: str | None = None  # None: an answer is still to be written
     messages: tuple[dict[str, Any], ...] | None = None  # a chat; the last one is the assistant's, or missing
     tools: tuple[dict[str, Any], ...] | None = None  # what the chat template tells the model it may call
     text: str | None = None
-    tests: tuple[str, ...] = ()  # `assert CALL == LITERAL` lines that judge a generated program
+    tests: tuple[str, ...] = ()  # Python that judges a generated program, such as `assert f(1) == 2`
+    setup: str | None = None  # Python that the tests stand on: imports, helpers; the program never sees it
+    loose: bool = False  # True counts as 1 in tests, as Python has it and published problems rely on
     references: tuple[str, ...] = ()  # acceptable summaries or answers, any one of which is right
-    task: str | None = None  # "code", "summary", "exact" or None: which scorer judges the answer
+    choices: tuple[str, ...] = ()  # answers to choose from
+    right: int | None = None  # which of the choices is right, from 0; the key `answer` of a file
+    task: str | None = None  # "code", "summary", "exact", "choice" or None: which scorer judges the answer
     origin: str = ""  # "data/train.jsonl:17" or "pocket/code/train:17", for messages
 
     def question(self) -> str:
@@ -102,11 +108,18 @@ def parse_row(fields: Any, origin: str) -> Row:
         raise DataError(f"{origin}: `tools` needs `messages` or a `prompt`; `text` has no place for them")
     tests = _strings(fields, "tests", origin)
     references = _strings(fields, "references", origin)
-    task = fields.get("task") or ("code" if tests else "summary" if references else None)
+    choices = _strings(fields, "choices", origin)
+    guess = "code" if tests else "choice" if choices else "summary" if references else None
+    task = fields.get("task") or guess
     if task is not None and task not in TASKS:
         raise DataError(f"{origin}: `task` is one of {', '.join(TASKS)}; got {_shown(task)}")
     if task == "exact" and not references:
         raise DataError(f"{origin}: `task` exact compares with `references`; add them")
+    right = _right(fields, choices, task, origin)
+    if right is not None and "prompt" in fields:
+        fields.setdefault("completion", choices[right])
+    if "setup" in fields and not tests:
+        raise DataError(f"{origin}: `setup` is what `tests` stand on, and there are none; add them")
     return Row(
         prompt=_words(fields, "prompt", origin),
         completion=_words(fields, "completion", origin),
@@ -114,7 +127,10 @@ def parse_row(fields: Any, origin: str) -> Row:
         tools=_objects(fields["tools"], "tools", origin) if "tools" in fields else None,
         text=_words(fields, "text", origin),
         tests=tests,
+        setup=_words(fields, "setup", origin),
         references=references,
+        choices=choices,
+        right=right,
         task=task,
         origin=origin,
     )
@@ -202,6 +218,21 @@ def _strings(fields: dict[str, Any], key: str, origin: str) -> tuple[str, ...]:
     if not all(one.strip() for one in values):
         raise DataError(f"{origin}: `{key}` holds an empty string")
     return tuple(values)
+
+
+def _right(fields: dict[str, Any], choices: tuple[str, ...], task: str | None, origin: str) -> int | None:
+    """The index of the right choice."""
+    if task != "choice":
+        return None
+    if len(choices) < 2:
+        raise DataError(f"{origin}: `task` choice needs two `choices` or more; got {len(choices)}")
+    answer = fields.get("answer")
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise DataError(
+            f"{origin}: `answer` is the place of the right one of {len(choices)} `choices`, from 0; "
+            f"got {_shown(answer)}"
+        )
+    return answer
 
 
 def _objects(value: Any, key: str, origin: str) -> tuple[dict[str, Any], ...]:

@@ -95,6 +95,8 @@ def digest(rows: Iterable[Row]) -> str:
     for row in rows:
         fields = [row.prompt, row.completion, row.messages, row.tools, row.text]
         fields += [row.tests, row.references, row.task]
+        newer = [row.setup, row.loose, row.choices, row.right]
+        fields += newer if any(newer) else []  # rows without keep the digest that they had
         whole.update(json.dumps(fields, separators=(",", ":")).encode("ascii") + b"\n")
     return whole.hexdigest()
 

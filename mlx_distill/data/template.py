@@ -25,7 +25,7 @@ def encode(row: Row, tokenizer: Any, *, count: str = "completion") -> Encoded:
         DataError: no answer in the row, or a chat that the template cannot write.
     """
     if row.text is not None:
-        tokens = _opening(row.text, tokenizer)
+        tokens = opening(row.text, tokenizer)
         return Encoded(_end_turn(tokens, tokenizer, row), 1)
     prompt = encode_prompt(row, tokenizer)
     if has_chat_template(tokenizer):
@@ -71,7 +71,7 @@ def encode_prompt(row: Row, tokenizer: Any, *, thinking: bool | None = None) -> 
         raise DataError(f"{row.origin}: `messages` need a chat template, and the tokenizer has none")
     if row.tools is not None:
         raise DataError(f"{row.origin}: `tools` need a chat template, and the tokenizer has none")
-    return _opening(row.prompt, tokenizer)
+    return opening(row.prompt, tokenizer)
 
 
 def decode_answer(tokens: list[int], tokenizer: Any) -> str:
@@ -129,7 +129,7 @@ def _render(
         raise DataError(f"{row.origin}: the chat template refuses the messages ({reason})") from None
 
 
-def _opening(text: str, tokenizer: Any) -> list[int]:
+def opening(text: str, tokenizer: Any) -> list[int]:
     """Text at the start of a sequence, behind a BOS token where the tokenizer adds one."""
     tokens = tokenizer.encode(text, add_special_tokens=False)
     bos = tokenizer.bos_token_id

@@ -8,7 +8,7 @@ import numpy as np
 MOST = (5, 10)  # the k of pass@k beside 1, as far as there are as many answers
 
 
-def mean_stderr(scores: Sequence[Sequence[float]]) -> float:
+def mean_stderr(scores: Sequence[Sequence[float]]) -> float | None:
     """Standard error of the mean over problems, each counted once, whatever the number of its answers.
 
     The answers to one problem are no independent problems: counted as such, the error would shrink with
@@ -16,10 +16,10 @@ def mean_stderr(scores: Sequence[Sequence[float]]) -> float:
 
     Args:
         scores: a list of scores for each problem; with one answer of 0 or 1 each and share s of ones, the
-            result is √(s (1-s) / problems).
+            result is √(s (1-s) / (problems - 1)). One problem has none.
     """
     means = np.array([np.mean(one) for one in scores], dtype=np.float64)
-    return float(means.std() / math.sqrt(len(means)))
+    return float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
 
 
 def pass_at(k: int, scores: Sequence[Sequence[float]]) -> float:

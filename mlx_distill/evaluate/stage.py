@@ -1,5 +1,9 @@
 """The stages that prove what was kept: every model measured alike, every artefact reloaded."""
 
+import hashlib
+import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +12,16 @@ import numpy as np
 from mlx_distill import models
 from mlx_distill.data.batch import Encoded
 from mlx_distill.data.rows import Row
+from mlx_distill.data.sources import digest
 from mlx_distill.data.template import decode_answer, encode
 from mlx_distill.errors import Fault
+from mlx_distill.evaluate.answering import Judged
 from mlx_distill.evaluate.exits import early_answers, exits_of
 from mlx_distill.evaluate.fresh import check_equal, fresh_look
-from mlx_distill.evaluate.model import SCORERS, Judged, TestSet, measure
+from mlx_distill.evaluate.model import Measured, TestSet, measure
+from mlx_distill.evaluate.parts import Parts
+from mlx_distill.evaluate.settings import settings
+from mlx_distill.evaluate.statistics import comparisons
 from mlx_distill.files import write_json
 from mlx_distill.metrics import CUT_FROM
 from mlx_distill.models import Loaded
@@ -21,44 +30,55 @@ from mlx_distill.work import PRUNED, Work
 
 
 def evaluate_models(work: Work) -> dict[str, Any]:
-    """Measure every model of the run on `data.test`, and write `evaluation.json`."""
+    """Measure every model of the run alike, and write `evaluation.json`.
+
+    Stopped in between, it goes on with the first part of the first model that is missing.
+    """
     if not work.recipe.evaluate.tasks:
         return {}
     prepared, options, cut = work.prepared, work.recipe.evaluate, work.recipe.student.prune
     test = _test_set(prepared.test_rows, prepared.test, prepared.tokenizer)
-    live = work.comparable_teacher()
+    live = cache(work.comparable_teacher)
     stages = work.run.stages()
-    metrics: dict[str, Any] = {}
-    answers: dict[str, list[list[Judged]]] = {}
+    parts = Parts(work.run.folder / "evaluation", _key(work))
+    found: dict[str, Measured] = {}
 
     def add(
         name: str,
-        loaded: Loaded,
+        load: Callable[[], Loaded],
         folder: Path | None,
         read: TestSet = test,
         vocabulary: int = prepared.vocabulary,
         how: Evaluate = options,
     ) -> None:
-        metrics[name], answers[name] = measure(
+        found[name] = measure(
             name,
-            loaded,
+            load,
             read,
             how,
             vocabulary,
-            teacher=None if name == "teacher" else live,
+            teacher=(lambda: None) if name == "teacher" else live,
             folder=folder,
+            probe=work.probe(),
             valid=prepared.valid_rows,
+            published=prepared.published,
             seed=work.recipe.seed,
             reasoning=work.recipe.data.reasoning,
+            unsafe=work.unsafe,
             timed=name != "baseline",
             sparse=cut is not None and cut.sparsity is not None,
             unlike=_unlike(work) if name == "teacher" else None,
+            dissent=name == "student" and prepared.teachers.get("teacher") is not None,
+            parts=parts,
             progress=work.run.progress,
         )
         source = {"student": "train"}.get(name, name)
         for key in ("train_tokens", "train_seconds"):
             if key in stages.get(source, {}):  # both were healed alike between rounds of pruning
-                metrics[name][key] = stages[source][key] + stages.get("prune", {}).get(key, 0)
+                found[name].metrics[key] = stages[source][key] + stages.get("prune", {}).get(key, 0)
+
+    def saved(name: str) -> Callable[[], Loaded]:
+        return lambda: models.load(str(work.run.model(name)), name)
 
     first = prepared.teachers.get("teacher")
     if first is not None:
@@ -67,44 +87,78 @@ def evaluate_models(work: Work) -> dict[str, Any]:
             count = work.recipe.data.count
             encoded = [encode(row, first.tokenizer, count=count) for row in prepared.test_rows]
             theirs = _test_set(prepared.test_rows, encoded, first.tokenizer)
-        add("teacher", work.teacher(), first.folder, theirs, first.vocabulary)
-    before = models.fused(work.new_student())
-    cut_out = None if cut is None else work.run.model(PRUNED)
+        add("teacher", work.teacher, first.folder, theirs, first.vocabulary)
+    before, cut_out = (
+        lambda: models.fused(work.new_student()),
+        None if cut is None else work.run.model(PRUNED),
+    )
     if work.recipe.teacher is not None and work.recipe.teacher.model == "student":
         # It is the teacher, and would answer the same again.
-        silent = [task for task in options.tasks if task not in SCORERS]
+        silent = [task for task in options.tasks if task in ("fidelity", "speed")]
         add("student_before", before, cut_out, how=options.model_copy(update={"tasks": silent}))
-        metrics["student_before"] = metrics["teacher"] | metrics["student_before"]
-        answers["student_before"] = answers["teacher"]
+        teacher, alone = found["teacher"], found["student_before"]
+        found["student_before"] = Measured(
+            teacher.metrics | alone.metrics, teacher.answers, teacher.scores | alone.scores, []
+        )
     else:
         add("student_before", before, cut_out)
     if cut is not None:
-        metrics["student_before"][CUT_FROM] = stages["prune"]["of"]
-    saved = ["baseline", "student", *stages["quantize"].get("models", [])]
-    for name in saved:
-        folder = work.run.model(name)
-        if name == "baseline" and "why" in stages["baseline"]:
-            continue
-        add(name, models.load(str(folder), name), folder)
-    for layer in exits_of(work.recipe):
-        folder = work.run.model(f"student-exit{layer}")
-        add(folder.name, models.load(str(folder), folder.name), folder)
-    if exits_of(work.recipe):
-        metrics["student"] |= early_answers(
-            models.load(str(work.run.model("student")), "student"),
-            test.rows,
-            exits_of(work.recipe),
-            max_tokens=options.max_tokens,
-            progress=work.run.progress,
+        found["student_before"].metrics[CUT_FROM] = stages["prune"]["of"]
+    for name in ["baseline", "student", *stages["quantize"].get("models", [])]:
+        if name != "baseline" or "why" not in stages["baseline"]:
+            add(name, saved(name), work.run.model(name))
+    exits = exits_of(work.recipe)
+    for layer in exits:
+        add(f"student-exit{layer}", saved(f"student-exit{layer}"), work.run.model(f"student-exit{layer}"))
+    if exits:
+        most = {"max_tokens": options.max_tokens, "progress": work.run.progress}
+        found["student"].metrics.update(
+            parts.once("student/exits", lambda: early_answers(saved("student")(), test.rows, exits, **most))
         )
     if first is not None and first.foreign:
-        for name in set(metrics) - {"teacher"}:
-            metrics[name] |= {"kl": None, "kl_why": "the teacher's tokens are others than the student's"}
-    write_json(
-        work.run.folder / "evaluation.json", {"schema": 1, "recipe": work.recipe.name, "models": metrics}
+        for name in set(found) - {"teacher"}:
+            found[name].metrics.update(kl=None, kl_why="the teacher's tokens are others than the student's")
+    _write(work, test, found)
+    parts.forget()
+    return {"models": list(found)}
+
+
+def _write(work: Work, test: TestSet, found: dict[str, Measured]) -> None:
+    """`evaluation.json`, what every model answered, and where the student differs from its teacher."""
+    foreign = "teacher" in work.prepared.teachers and work.prepared.teachers["teacher"].foreign
+    scores = {
+        name: {metric: sums for metric, sums in one.scores.items() if not (foreign and name == "teacher")}
+        for name, one in found.items()
+    }
+    evaluation = {
+        "schema": 1,
+        "recipe": work.recipe.name,
+        "models": {name: one.metrics for name, one in found.items()},
+        "comparisons": comparisons(scores, seed=work.recipe.seed),
+        "tasks": settings(work),
+    }
+    sets = [(None, test.rows), *((one.name, one.rows) for one in work.prepared.published)]
+    answers = {name: one.answers for name, one in found.items()}
+    work.run.write_rows("evaluation", [row for of, rows in sets for row in _side_by_side(of, rows, answers)])
+    work.run.write_rows("disagreements", [row for one in found.values() for row in one.disagreements])
+    write_json(work.run.folder / "evaluation.json", evaluation)
+
+
+def _key(work: Work) -> str:
+    """Of all that the numbers depend on: what is asked, of which rows, and how the models came about."""
+    prepared, stages = work.prepared, work.run.stages()
+    made = {
+        name: stages[name]
+        for name in ("generate", "prune", "train", "baseline", "quantize")
+        if name in stages
+    }
+    asked = work.recipe.evaluate.model_dump(mode="json"), work.recipe.seed
+    rows = (
+        digest(prepared.test_rows),
+        digest(prepared.valid_rows),
+        [one.version for one in prepared.published],
     )
-    work.run.write_rows("evaluation", _side_by_side(test, answers))
-    return {"models": list(metrics)}
+    return hashlib.sha256(json.dumps([asked, rows, made]).encode()).hexdigest()
 
 
 def _unlike(work: Work) -> str | None:
@@ -122,17 +176,25 @@ def _test_set(rows: list[Row], encoded: list[Encoded], tokenizer: Any) -> TestSe
     return TestSet(rows, encoded, sum(len(text.encode()) for text in texts))
 
 
-def _side_by_side(test: TestSet, answers: dict[str, list[list[Judged]]]) -> list[dict[str, Any]]:
-    """What each model wrote for each test row that was scored: its first answer, and how all scored."""
+def _side_by_side(
+    of: str | None, asked: list[Row], answers: dict[str, dict[str | None, list[list[Judged]]]]
+) -> list[dict[str, Any]]:
+    """What each model wrote for each row that was scored: its first answer, and how all scored.
+
+    Args:
+        of: the published set that the rows are of; None: `data.test`.
+        answers: of each model, by set.
+    """
     rows = []
-    for i, row in enumerate(test.rows):
-        said = {name: judged[i] for name, judged in answers.items() if judged[i]}
+    for i, row in enumerate(asked):
+        said = {name: given[of][i] for name, given in answers.items() if of in given and given[of][i]}
         if said:
             rows.append(
                 {
+                    "set": of,
                     "task": row.task,
                     "prompt": row.question(),
-                    "reference": row.answer() or (row.references or ("",))[0],
+                    "reference": _reference(row),
                     "answers": {
                         name: {**judged[0]._asdict(), "scores": [one.score for one in judged]}
                         for name, judged in said.items()
@@ -140,6 +202,12 @@ def _side_by_side(test: TestSet, answers: dict[str, list[list[Judged]]]) -> list
                 }
             )
     return rows
+
+
+def _reference(row: Row) -> str:
+    if row.right is not None:
+        return row.choices[row.right]
+    return row.answer() or (row.references or ("",))[0]
 
 
 def export_student(work: Work) -> dict[str, Any]:

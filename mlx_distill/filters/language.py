@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_distill.data.rows import Row
 from mlx_distill.errors import MissingExtra
-from mlx_distill.evaluate.code import FENCED
+from mlx_distill.evaluate.programs import FENCED
 from mlx_distill.filters.material import Material
 from mlx_distill.written import Written
 

@@ -19,6 +19,7 @@ class Material(NamedTuple):
     nll: Callable[[Sequence[Written]], np.ndarray] | None = None  # mean nats a token under the teacher
     reasoning: Reasoning | None = None  # the marks around worked steps
     seconds: float = 5.0  # that the tests of one answer may take
+    unsafe: bool = False  # run programs even where no sandbox can hold them
     progress: Progress = silent
 
     def split(self, one: Written) -> tuple[str, str]:

@@ -4,7 +4,7 @@ import ast
 import warnings
 from collections.abc import Sequence
 
-from mlx_distill.evaluate.code import program_of
+from mlx_distill.evaluate.programs import program_of
 from mlx_distill.filters.material import Material
 from mlx_distill.written import Written
 
@@ -15,7 +15,7 @@ def parses(written: Sequence[Written], on: bool, material: Material) -> list[str
     The program is found as `evaluate` finds it: the last Python block of the answer, else the prompt with
     the answer behind it.
     """
-    return [why_no_python(program_of(one.row, material.answer(one))) for one in written]
+    return [why_no_python(program_of(one.row, material.answer(one), whole=True)) for one in written]
 
 
 def why_no_python(source: str) -> str | None:

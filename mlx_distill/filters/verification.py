@@ -1,16 +1,13 @@
 """Answers that are wrong: their program fails a test, or they equal no reference."""
 
-import os
 from collections.abc import Sequence
 
 from mlx_distill.data.rows import Row
 from mlx_distill.errors import DataError
-from mlx_distill.evaluate.code import pass_at_1, tests_of
+from mlx_distill.evaluate.code import check_tests, pass_at_1
 from mlx_distill.evaluate.exact import equal
 from mlx_distill.filters.material import Material
 from mlx_distill.written import Written
-
-MOST_WORKERS = 8  # each may hold a gibibyte
 
 
 def verified(written: Sequence[Written], on: bool, material: Material) -> list[str | None]:
@@ -20,6 +17,7 @@ def verified(written: Sequence[Written], on: bool, material: Material) -> list[s
 
     Raises:
         DataError: a row with neither tests nor references, or with a test that is not understood.
+        SandboxError: programs are to be run, nothing holds them here, and not `material.unsafe`.
     """
     for one in written:
         check_verifiable(one.row)
@@ -31,11 +29,12 @@ def verified(written: Sequence[Written], on: bool, material: Material) -> list[s
             [written[i].row for i in places],
             [answers[i] for i in places],
             seconds=material.seconds,
-            workers=min(_cores(), MOST_WORKERS),
+            whole=True,  # all of it would be learned
+            unsafe=material.unsafe,
             progress=material.progress,
         )
-        for i, (_, why) in zip(places, verdicts, strict=True):
-            found[i] = why
+        for i, (score, why) in zip(places, verdicts, strict=True):
+            found[i] = None if score else why
     return found
 
 
@@ -49,14 +48,11 @@ def check_verifiable(row: Row) -> None:
         raise DataError(
             f"{row.origin}: `generate.filters.verified` needs `tests` or `references`; it has neither"
         )
-    tests_of(row)
+    if row.tests:
+        check_tests(row)
 
 
 def _why_no_reference(row: Row, answer: str) -> str | None:
     if any(equal(answer, reference) for reference in row.references):
         return None
     return f"{answer[:60]!r} equals none of {len(row.references)} references"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2

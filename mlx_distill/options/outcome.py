@@ -103,7 +103,13 @@ class Quantize(Section):
 class Evaluate(Sampling):
     """What is measured on `data.test`, for every model of the run alike."""
 
-    tasks: list[Literal["fidelity", "code", "summary", "exact", "speed"]] = ["fidelity", "speed"]
+    tasks: list[
+        Literal["fidelity", "code", "summary", "exact", "choice", "humaneval", "mbpp", "harness", "speed"]
+    ] = ["fidelity", "speed"]  # what each needs: docs/evaluation.md
+    files: dict[Literal["humaneval", "mbpp"], str] = {}  # of humaneval, mbpp: a file or a Hub data set
+    limit: PositiveInt | None = None  # problems of humaneval, mbpp and each harness task, the first ones
+    harness: list[str] = []  # names of tasks of lm-evaluation-harness, for `tasks: [harness]`
+    prompt_lengths: list[PositiveInt] = [128, 512]  # tokens of the prompts on which speed is measured
     baseline: bool = True  # also train the student on `data.train` alone, for as many steps
     max_tokens: PositiveInt = 256  # of a generated answer
     batch_size: PositiveInt = 64  # answers written at once

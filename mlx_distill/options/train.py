@@ -49,3 +49,4 @@ class Train(Section):
     log_every: NonNegativeInt = 20  # steps; 0 turns it off, here and below
     eval_every: NonNegativeInt = 0
     save_every: NonNegativeInt = 200
+    log_to: list[Literal["tensorboard", "wandb", "trackio"]] = []  # where metrics.jsonl is also written

@@ -93,7 +93,7 @@ def loss_changes(
     with _evaluating(model), progress("layers", len(model.layers) + 1, "losses") as advance:
         for layer in (None, *model.layers):
             with _skipping(layer):
-                losses.append(fidelity(model, chosen, vocabulary)["nll"])
+                losses.append(fidelity(model, chosen, vocabulary)[0]["nll"])
             advance(1)
     return np.array(losses[1:]) - losses[0]
 

@@ -176,7 +176,9 @@ class _Target:
     def kl(self, student: Loaded, rows: list[Encoded], title: str) -> float:
         """Mean KL(target || student) in nats a counted token. A cached teacher is loaded for it alone."""
         vocabulary, progress = self.work.prepared.vocabulary, self.work.run.progress
-        found = fidelity(student.model, rows, vocabulary, teacher=self.live(), title=title, progress=progress)
+        found, _ = fidelity(
+            student.model, rows, vocabulary, teacher=self.live(), title=title, progress=progress
+        )
         if self.cached:
             self._live = None
             self.work.unload("teacher")

@@ -74,7 +74,7 @@ def _nearer(work: Work, level: Level, made: Loaded) -> tuple[Loaded, dict[str, A
 
     def kl(loaded: Loaded, how: str) -> float:
         title = f"{level.name}: {how}"
-        found = fidelity(loaded.model, rows, vocabulary, teacher=whole, title=title, progress=progress)
+        found, _ = fidelity(loaded.model, rows, vocabulary, teacher=whole, title=title, progress=progress)
         return found["kl"]
 
     before, after = kl(rounded, "rounded"), kl(made, level.options.method)
