@@ -123,6 +123,8 @@ def run(
 
         for name in STAGES[: STAGES.index(upto) + 1]:
             opened.stage(name, partial(measured, name), options.get(name))
+        if upto == "evaluate":
+            _say_verdict(opened)
     return opened.folder
 
 
@@ -183,12 +185,20 @@ def report(work: Work) -> dict[str, Any]:
     if not evaluation.exists():
         return {}
     path = write_report(work.run.folder)
-    work.run.console.say("")
-    found = json.loads(evaluation.read_text(encoding="utf-8"))
-    for sentence in verdict(found["models"], found.get("comparisons", [])):
-        work.run.console.say(sentence)
+    _say_verdict(work.run)
     work.run.console.say(f"report: {path}")
     return {"path": path.name}
+
+
+def _say_verdict(run: Run) -> None:
+    evaluation = run.folder / "evaluation.json"
+    if not evaluation.exists():
+        return
+    found = json.loads(evaluation.read_text(encoding="utf-8"))
+    run.console.say("")
+    for sentence in verdict(found["models"], found.get("comparisons", [])):
+        run.console.say(sentence)
+    run.console.say(f"numbers: {evaluation}")
 
 
 def _headline(work: Work) -> str:

@@ -442,7 +442,7 @@ def test_speed_stands_beside_the_bytes_where_it_has_a_spread():
 def test_within_the_spread_nothing_is_faster():
     (line,) = costs(109.0, 5.0, 1.015)
     assert line == (
-        "Beside the teacher, the student decodes as many tokens a second, within the spread of its runs, "
+        "Beside the teacher, the student decodes as many tokens a second (within their spread), "
         "takes as much energy a token and takes 19 % of the bytes on disk."
     )
 

@@ -38,7 +38,7 @@ def _ratio(metric: Metric, one: Mapping[str, Any], other: Mapping[str, Any]) -> 
 
 def _times(ratio: float) -> str:
     if ratio == 1:
-        return "as many tokens a second, within the spread of its runs"
+        return "as many tokens a second (within their spread)"
     if ratio >= 1.5:
         return f"{ratio:.{1 if ratio < 10 else 0}f} times as many tokens a second"
     percent = 100 * abs(ratio - 1)
