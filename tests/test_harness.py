@@ -18,9 +18,9 @@ from mlx_distill.data.template import opening
 from mlx_distill.errors import DataError, MissingExtra, RecipeError
 from mlx_distill.evaluate import harness as harnessed
 from mlx_distill.evaluate.harness import check_harness, decoding, harness
-from mlx_distill.evaluate.likelihoods import log_likelihoods
 from mlx_distill.models import Loaded
 from mlx_distill.options import Evaluate, Sampling
+from mlx_distill.score import log_likelihoods
 
 TASK = """
 task: {name}

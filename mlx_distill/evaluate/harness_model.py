@@ -10,11 +10,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from mlx_distill.data.batch import Encoded
 from mlx_distill.data.template import decode_answer, end_of_turn_ids, has_chat_template, opening
 from mlx_distill.evaluate.harness import decoding
-from mlx_distill.evaluate.likelihoods import log_likelihoods
 from mlx_distill.generate import generate
 from mlx_distill.models import Loaded
 from mlx_distill.options import Evaluate
 from mlx_distill.progress import Progress
+from mlx_distill.score import log_likelihoods
 
 LONGEST = 2048  # tokens of a context, for a model whose config names no `max_position_embeddings`
 
@@ -83,7 +83,10 @@ class HarnessModel(TemplateLM):
                 rows.append(Encoded(tokens, max(1, len(tokens) - len(continuation))))
                 places.append(place)
         with contextlib.redirect_stderr(self.shown):
-            found = log_likelihoods(self.loaded.model, rows, self.vocabulary, self.progress)
+            title = "harness: log-likelihoods"
+            found = log_likelihoods(
+                self.loaded.model, rows, self.vocabulary, title=title, progress=self.progress
+            )
         for place, one in zip(places, found, strict=True):
             results[place] = one
         return results
