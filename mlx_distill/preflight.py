@@ -12,7 +12,7 @@ from mlx_distill.cache.contents import refuse_others
 from mlx_distill.data import sources
 from mlx_distill.data.batch import Encoded
 from mlx_distill.data.rows import Row
-from mlx_distill.data.template import encode, encode_prompt
+from mlx_distill.data.template import encode, encode_prompt, encode_test
 from mlx_distill.errors import DataError, RecipeError
 from mlx_distill.evaluate.code import check_tests
 from mlx_distill.evaluate.harness import check_harness
@@ -155,7 +155,7 @@ def prepare(recipe: Recipe, progress: Progress = silent) -> Prepared:
             learned = [one for row in rows[key] for one in as_learned(row, reasoning)]
             read = [row for row, _ in learned]
             taught[key] = [task for _, task in learned]
-        encoder = _encode_test if key == "test" else encode
+        encoder = encode_test if key == "test" else encode
         found = [encoder(row, tokenizer, count=recipe.data.count) for row in read]
         fits = [i for i, row in enumerate(found) if len(row.tokens) <= recipe.data.max_tokens]
         _refuse_none(key, read, fits, min((len(row.tokens) for row in found), default=0), recipe)
@@ -272,14 +272,6 @@ def _check_evaluation(recipe: Recipe, test: Sequence[Row]) -> None:
     for row in test:
         if row.task == "code" and "code" in recipe.evaluate.tasks:
             check_tests(row)
-
-
-def _encode_test(row: Row, tokenizer: Any, *, count: str) -> Encoded:
-    """As `encode`; of a row without an answer, as one with tests may be, the prompt: nothing counts."""
-    if row.text is not None or row.answer() is not None:
-        return encode(row, tokenizer, count=count)
-    tokens = encode_prompt(row, tokenizer)
-    return Encoded(tokens, len(tokens))
 
 
 def read_published(recipe: Recipe) -> list[Published]:

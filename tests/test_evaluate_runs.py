@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import workshop
 from workshop import command, contents
@@ -297,3 +298,14 @@ def test_the_score_of_a_test_set_is_no_others(finished: Path) -> None:
     assert stage.Parts is Parts
     models = read(finished)["models"]
     assert models["teacher"]["problems"] != models["teacher"]["humaneval_problems"]
+
+
+def test_scores_of_a_teacher_with_other_tokens_are_compared_but_not_its_nats() -> None:
+    sums = np.array([[1.0, 1.0]])
+    one = measuring.Measured({}, {}, {"nll": sums, "pass@1": sums}, [])
+    found = stage.comparable({"teacher": one, "student": one}, foreign=True)
+    assert {name: list(scores) for name, scores in found.items()} == {
+        "teacher": ["pass@1"],
+        "student": ["nll", "pass@1"],
+    }
+    assert "nll" in stage.comparable({"teacher": one}, foreign=False)["teacher"]

@@ -48,6 +48,14 @@ def encode(row: Row, tokenizer: Any, *, count: str = "completion") -> Encoded:
     return Encoded(tokens, 1 if count == "all" else max(1, len(prompt)))
 
 
+def encode_test(row: Row, tokenizer: Any, *, count: str) -> Encoded:
+    """As `encode`; of a row without an answer, as one with tests may be, the prompt: nothing counts."""
+    if row.text is not None or row.answer() is not None:
+        return encode(row, tokenizer, count=count)
+    tokens = encode_prompt(row, tokenizer)
+    return Encoded(tokens, len(tokens))
+
+
 def encode_prompt(row: Row, tokenizer: Any, *, thinking: bool | None = None) -> list[int]:
     """What a model is given in order to answer: all of the row before its last assistant message.
 

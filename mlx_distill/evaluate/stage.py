@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from mlx_distill import models
 from mlx_distill.data.batch import Encoded
 from mlx_distill.data.rows import Row
 from mlx_distill.data.sources import digest
-from mlx_distill.data.template import decode_answer, encode
+from mlx_distill.data.template import decode_answer, encode_test
 from mlx_distill.errors import Fault
 from mlx_distill.evaluate.answering import Judged
 from mlx_distill.evaluate.exits import early_answers, exits_of
@@ -85,13 +85,14 @@ def evaluate_models(work: Work) -> dict[str, Any]:
         theirs = test
         if first.foreign:
             count = work.recipe.data.count
-            encoded = [encode(row, first.tokenizer, count=count) for row in prepared.test_rows]
+            encoded = [encode_test(row, first.tokenizer, count=count) for row in prepared.test_rows]
             theirs = _test_set(prepared.test_rows, encoded, first.tokenizer)
         add("teacher", work.teacher, first.folder, theirs, first.vocabulary)
-    before, cut_out = (
-        lambda: models.fused(work.new_student()),
-        None if cut is None else work.run.model(PRUNED),
-    )
+    cut_out = None if cut is None else work.run.model(PRUNED)
+
+    def before() -> Loaded:
+        return models.fused(work.new_student())
+
     if work.recipe.teacher is not None and work.recipe.teacher.model == "student":
         # It is the teacher, and would answer the same again.
         silent = [task for task in options.tasks if task in ("fidelity", "speed")]
@@ -125,11 +126,8 @@ def evaluate_models(work: Work) -> dict[str, Any]:
 
 def _write(work: Work, test: TestSet, found: dict[str, Measured]) -> None:
     """`evaluation.json`, what every model answered, and where the student differs from its teacher."""
-    foreign = "teacher" in work.prepared.teachers and work.prepared.teachers["teacher"].foreign
-    scores = {
-        name: {metric: sums for metric, sums in one.scores.items() if not (foreign and name == "teacher")}
-        for name, one in found.items()
-    }
+    teacher = work.prepared.teachers.get("teacher")
+    scores = comparable(found, foreign=teacher is not None and teacher.foreign)
     evaluation = {
         "schema": 1,
         "recipe": work.recipe.name,
@@ -142,6 +140,18 @@ def _write(work: Work, test: TestSet, found: dict[str, Measured]) -> None:
     work.run.write_rows("evaluation", [row for of, rows in sets for row in _side_by_side(of, rows, answers)])
     work.run.write_rows("disagreements", [row for one in found.values() for row in one.disagreements])
     write_json(work.run.folder / "evaluation.json", evaluation)
+
+
+def comparable(found: Mapping[str, Measured], *, foreign: bool) -> dict[str, dict[str, np.ndarray]]:
+    """What models are compared by: all their scores, but nats of a teacher whose tokens are others."""
+    return {
+        name: {
+            metric: sums
+            for metric, sums in one.scores.items()
+            if not (foreign and name == "teacher" and metric == "nll")
+        }
+        for name, one in found.items()
+    }
 
 
 def _key(work: Work) -> str:
