@@ -21,8 +21,9 @@ else
 EXTRAS := $(BACKEND),report
 endif
 
-# One thread: tests are small, and two BLAS threads that share a busy core wait for each other.
-PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
+# Two files of tests at a time; one BLAS thread each, as two that share a busy core wait for each other.
+JOBS ?= 2
+PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 .PHONY: quickstart test test-slow check lint clean
 

@@ -198,7 +198,7 @@ def shares(k: int, cached: CachedTeacher, rows: list[Encoded], vocabulary: int, 
 
     def step(batch: Batch, targets: Targets) -> None:
         sums, parts = functions.gradients(batch, [targets], {})
-        size = functions.update(sums, batch.weights.sum(-1).sum())
+        size = functions.update(sums, batch.weights.sum(-1).sum(), parts)
         mx.eval(student.state, optimizer.state, parts, size)
 
     seconds: dict[str, list[float]] = {"read": [], "step": []}

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from mlx_distill.counters import Counters
 from mlx_distill.interrupt import Interrupts
-from mlx_distill.run import Counters
 
 
 class Quiet:

@@ -193,7 +193,7 @@ def our_step(vocabulary: int, batch: Any, teacher: Teaches | None, objective: di
     def step() -> None:
         targets = [one.targets(batch) for one in teachers or [NoTeacher()]]
         sums, parts = functions.gradients(batch, targets, {})
-        size = functions.update(sums, batch.counted.sum())
+        size = functions.update(sums, batch.counted.sum(), parts)
         mx.eval(student.state, optimizer.state, parts, size)
 
     return step

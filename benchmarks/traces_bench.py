@@ -36,6 +36,7 @@ from record import RESULTS, record
 from mlx_distill import models, recipe
 from mlx_distill.asked import answered
 from mlx_distill.bundled import find_recipe
+from mlx_distill.counters import Counters
 from mlx_distill.data import pocket
 from mlx_distill.data.batch import Batches
 from mlx_distill.data.rows import Row
@@ -47,7 +48,6 @@ from mlx_distill.models import Loaded
 from mlx_distill.options import Reasoning, Source
 from mlx_distill.reasoning import as_learned, split, weigh
 from mlx_distill.recipe import Recipe
-from mlx_distill.run import Counters
 from mlx_distill.student import make_student
 from mlx_distill.train import train
 

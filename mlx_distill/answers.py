@@ -11,10 +11,11 @@ from mlx_distill.asked import answered
 from mlx_distill.blocks import Begun, Question, line_of, read_block, split, write_block
 from mlx_distill.data.batch import Encoded
 from mlx_distill.data.template import decode_answer, encode, end_of_turn_ids
+from mlx_distill.distributed.links import Message
 from mlx_distill.errors import DataError
 from mlx_distill.filters import Material, keep, reasons, remembered, summary
-from mlx_distill.generate import generate, keys_of
-from mlx_distill.progress import Progress
+from mlx_distill.generate import Answer, generate, keys_of
+from mlx_distill.progress import Progress, silent
 from mlx_distill.reasoning import as_learned
 from mlx_distill.reasoning import split as split_reasoning
 from mlx_distill.runaway import RunawayAlarm
@@ -100,22 +101,22 @@ Write = Callable[[Path, list[Question], Progress], list[Written]]
 
 
 def _by_teacher(work: Work) -> Write:
-    asked, options = work.prepared.prompts, work.recipe.generate
-    teacher, keys = work.teacher(), keys_of([one.shown for one in asked])
+    asked, teacher = work.prepared.prompts, work.teacher()
+    keys = keys_of([one.shown for one in asked])
 
     def write(path: Path, questions: list[Question], progress: Progress) -> list[Written]:
-        answers = generate(
-            teacher.model,
-            [asked[prompt].shown for prompt, _ in questions],
-            end_of_turn_ids(teacher.tokenizer),
-            max_tokens=options.max_tokens,
-            batch_size=options.batch_size,
-            sampling=options,
-            keys=[f"{keys[prompt]} {sample}" for prompt, sample in questions],
-            seed=work.recipe.seed,
-            vocabulary=work.prepared.teachers["teacher"].vocabulary,
-            progress=progress,
-        )
+        named = [(prompt, f"{keys[prompt]} {sample}") for prompt, sample in questions]
+        size = work.ranks.size
+        parts = [named[rank::size] or None for rank in range(size)]
+        if work.is_divided("teacher"):  # all write each of them together
+            size, parts = 1, [named, *[None] * (size - 1)]
+        replies = work.ranks.share("answers", parts, lambda part: Message(write_part(work, part, progress)))
+        answers: list[Any] = [None] * len(questions)
+        for rank, reply in enumerate(replies):
+            if reply is not None:
+                answers[rank::size] = [Answer(*one) for one in reply.value]
+        with progress("answers", len(questions), "rows") as advance:
+            advance(len(questions) - len(parts[0] or []))  # those of the other ranks
         return [
             Written(
                 prompt,
@@ -130,6 +131,27 @@ def _by_teacher(work: Work) -> Write:
         ]
 
     return write
+
+
+def write_part(work: Work, part: Sequence[tuple[int, str]], progress: Progress = silent) -> list[Answer]:
+    """The teacher's answers that one rank writes.
+
+    Args:
+        part: index into `Prepared.prompts` of each question, and the key of its answer.
+    """
+    teacher, options = work.teacher(), work.recipe.generate
+    return generate(
+        teacher.model,
+        [work.prepared.prompts[prompt].shown for prompt, _ in part],
+        end_of_turn_ids(teacher.tokenizer),
+        max_tokens=options.max_tokens,
+        batch_size=options.batch_size,
+        sampling=options,
+        keys=[key for _, key in part],
+        seed=work.recipe.seed,
+        vocabulary=work.prepared.teachers["teacher"].vocabulary,
+        progress=progress,
+    )
 
 
 def _by_server(work: Work, stack: ExitStack) -> Write:

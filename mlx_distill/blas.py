@@ -38,6 +38,15 @@ def prefer_openblas() -> str:
     return "openblas"
 
 
+def threads() -> int | None:
+    """On how many threads OpenBLAS multiplies, by which it rounds otherwise; None where it is not in use."""
+    library = library_in_front() if sys.platform.startswith("linux") else None
+    if library is None:
+        return None
+    count = getattr(ctypes.CDLL(library), "openblas_get_num_threads", None)
+    return None if count is None else int(count())
+
+
 def library_in_front() -> str | None:
     """Path of the library whose `cblas_sgemm` MLX calls on Linux; None where it is MLX's own.
 

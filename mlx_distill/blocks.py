@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.asked import Asked
-from mlx_distill.files import write_text
+from mlx_distill.files import make_folder, write_text
 from mlx_distill.written import Written
 
 Question = tuple[int, int]  # index into `Prepared.prompts`, and which of the answers to it
@@ -34,7 +34,7 @@ def line_of(one: Written) -> dict[str, Any]:
 
 def write_block(path: Path, written: Sequence[Written]) -> None:
     lines = "".join(_dumped(line_of(one)) for one in written)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_text(path, lines + _closing(lines))
     _begun(path).unlink(missing_ok=True)
 
@@ -47,7 +47,7 @@ def read_block(path: Path, questions: Sequence[Question], asked: Sequence[Asked]
         if text[closing:] != _closing(text[:closing]):
             return None
         written = _parsed(text[:closing], asked)
-    except (FileNotFoundError, ValueError, KeyError, TypeError, IndexError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         return None
     return written if [(one.prompt, one.sample) for one in written] == list(questions) else None
 
@@ -66,7 +66,7 @@ class Begun:
         for line in self.path.read_bytes().split(b"\n"):
             try:
                 [one] = _parsed(line.decode(), asked)
-            except (ValueError, KeyError, TypeError, IndexError):
+            except (ValueError, KeyError, TypeError, IndexError, RecursionError):
                 continue  # the line that a kill cut off
             self.answers[one.prompt, one.sample] = one
 

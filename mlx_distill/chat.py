@@ -3,6 +3,8 @@
 Answers go to stdout, everything else to stderr, so that a pipe gets the text alone.
 """
 
+import io
+import os
 import re
 import signal
 import sys
@@ -121,11 +123,16 @@ def checked(text: str, origin: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise DataError(f"{origin}: not readable as UTF-8") from None
+        try:
+            return os.fsencode(text).decode()  # as LC_ALL=C takes the bytes of a letter one by one
+        except UnicodeError:
+            raise DataError(f"{origin}: not readable as UTF-8") from None
     return text
 
 
 def _read_stdin() -> str:
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # as files are, whatever the locale is
     try:
         return sys.stdin.read().removesuffix("\n")  # with which every text file ends
     except UnicodeDecodeError:

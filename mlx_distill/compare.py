@@ -17,6 +17,7 @@ from mlx_distill.errors import RecipeError
 from mlx_distill.files import write_text
 from mlx_distill.memory import GIB, machine_gib
 from mlx_distill.model_names import find_model
+from mlx_distill.odd_files import odd
 from mlx_distill.side_by_side import view
 from mlx_distill.speaker import Said, Speaker
 from mlx_distill.speech import Speech
@@ -137,6 +138,8 @@ def _check(
         raise RecipeError("--rows is how many of the rows of --file are asked, 1 or more")
     if out is None:
         return
+    if what := odd(out):  # which writing would replace
+        raise RecipeError(f"--out: {out} is {what}; name a file")
     if out.is_dir():
         raise RecipeError(f"--out: {out} is a folder; name a file in it")
     if not out.absolute().parent.is_dir():

@@ -20,6 +20,7 @@ from mlx_distill.console import Console
 from mlx_distill.data.sources import digest
 from mlx_distill.errors import DataError, RecipeError, RunFolderError
 from mlx_distill.frontier import Measured, frontier
+from mlx_distill.lock import one_writer, refuse_if_taken
 from mlx_distill.options import Compress, Quantize, Teacher
 from mlx_distill.pipeline import run
 from mlx_distill.preflight import Prepared, prepare
@@ -53,6 +54,7 @@ def compress(
     resume: bool = False,
     overwrite: bool = False,
     unsafe: bool = False,
+    trust: bool = False,
     root: Path = ROOT,
 ) -> Path:
     """Make every run that the recipes ask for, and compare all their models in `root/NAME-frontier`.
@@ -61,6 +63,7 @@ def compress(
         recipes: those without a `compress` section are run as they are.
         resume: go on with runs that exist; finished ones are not repeated. overwrite: replace them.
         unsafe: run programs that models wrote even where no sandbox can hold them.
+        trust: let tokenizers of the models be Python code.
 
     Returns:
         the page, `frontier.html`; `frontier.json` is beside it.
@@ -71,15 +74,24 @@ def compress(
     options, score = _asked(recipes)
     folder = root / f"{_first(recipes).name}-frontier"
     planned = _check(
-        recipes, score, folder, console, resume=resume, overwrite=overwrite, unsafe=unsafe, root=root
+        recipes,
+        score,
+        folder,
+        console,
+        resume=resume,
+        overwrite=overwrite,
+        unsafe=unsafe,
+        trust=trust,
+        root=root,
     )
     for one in planned:  # all of them now, so that a killed `--overwrite` goes on with `--resume`
-        open_run(one.recipe, one.fingerprint, console, resume=resume, overwrite=overwrite, root=root)
+        with one_writer(root / one.recipe.name):
+            open_run(one.recipe, one.fingerprint, console, resume=resume, overwrite=overwrite, root=root)
     for number, one in enumerate(planned):
         first = next(other for other in planned if other.source == one.source)
         console.say(f"run {number + 1} of {len(planned)}: {one.recipe.name}")
         recipe = one.recipe if first is one else _lent(first, one, root)
-        run(recipe, console, resume=True, unsafe=unsafe, root=root)
+        run(recipe, console, resume=True, unsafe=unsafe, trust=trust, root=root)
         gc.collect()  # compiled functions hold models in circles
         mx.clear_cache()
     records = [read_run(root / one.recipe.name) for one in planned]
@@ -165,6 +177,7 @@ def _check(
     resume: bool,
     overwrite: bool,
     unsafe: bool,
+    trust: bool,
     root: Path,
 ) -> list[Planned]:
     """Every run, after all that can be wrong with any of them was looked for."""
@@ -177,11 +190,12 @@ def _check(
         raise RunFolderError(f"{folder} holds other files; choose another name with name=...")
     for _, one in made:
         check_folder(one, resume=resume, overwrite=overwrite, root=root)
+        refuse_if_taken(root / one.name)
         finished = [] if overwrite else Run(root / one.name, console).stages()
         check_tasks(one, "report", finished, unsafe=unsafe)
     planned = []
     for source, one in made:
-        prepared = prepare(one, console.progress)
+        prepared = prepare(one, console.progress, trust=trust)
         if not overwrite:
             check_same(root / one.name, one, prepared.fingerprint)
         if (

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from mlx_distill.progress import Advance, Meter
+from mlx_distill.terminal import Lasting
 
 QUIET = 2.0  # seconds that work may last without a word
 EVERY = 10.0  # seconds between two plain lines of the same work
@@ -54,10 +55,10 @@ class Console:
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
         """
         Args:
-            stream: where to print; None: stdout.
+            stream: where to print; None: stdout. Where it goes away, nobody is told any more.
             clock: seconds, ever growing.
         """
-        self._stream = stream or sys.stdout
+        self._stream: Any = Lasting(stream or sys.stdout)
         self._clock = clock
         self._bars: _Bars | None = None
         self.record: Callable[[str], None] | None = None  # also gets each line that is no step's
@@ -176,7 +177,7 @@ def rate_text(rate: float | None, unit: str) -> str:
 class _Bars:
     """The bars at the foot of a terminal, redrawn by rich four times a second."""
 
-    def __init__(self, stream: TextIO):
+    def __init__(self, stream: Any):
         # Here, not above: rich takes a tenth of a second to import, and `--help` has half a second.
         from rich.console import Console as RichConsole
         from rich.live import Live

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import mlx_distill
@@ -20,6 +21,7 @@ from mlx_distill import blas
 Row = tuple[str, str, str | None]  # what, value, advice
 
 GIB = 2**30
+LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a Linux container, in bytes
 SLOW_GFLOPS = 30  # netlib's BLAS does 3 to 6 on one core, OpenBLAS 100, a GPU thousands
 
 # Extra -> the packages that it brings and what they are for.
@@ -60,12 +62,17 @@ def attempt(check: Callable[[], Iterator[Row]]) -> list[Row]:
     return rows
 
 
-def memory_gib() -> float:
-    """GiB of physical memory, or of what a Linux container is limited to where that is less."""
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")  # "max" where there is no limit
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return min(physical, int(text) if text.isdigit() else physical) / GIB
+def memory_gib() -> float | None:
+    """GiB of physical memory, or of what a Linux container is limited to where that is less.
+
+    None where the system does not tell.
+    """
+    found = []
+    with suppress(OSError, ValueError):
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with suppress(OSError, ValueError):
+        found.append(int(LIMIT.read_text()))  # "max" where there is none
+    return min((size for size in found if size > 0), default=0) / GIB or None
 
 
 def system() -> Iterator[Row]:
@@ -84,7 +91,8 @@ def versions() -> Iterator[Row]:
 
 
 def memory() -> Iterator[Row]:
-    yield "memory", f"{memory_gib():.1f} GiB", None
+    gib = memory_gib()
+    yield "memory", "not told by this system" if gib is None else f"{gib:.1f} GiB", None
 
 
 def device() -> Iterator[Row]:

@@ -7,7 +7,6 @@
 A run that finds everything done leaves all of them as they are.
 """
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,9 +15,11 @@ from typing import Any
 
 from mlx_distill.console import Console
 from mlx_distill.errors import DistillError
+from mlx_distill.plain_json import parse_object
 from mlx_distill.progress_file import ProgressFile, write_status
 from mlx_distill.recipe import Recipe
 from mlx_distill.resident import memory_in_use
+from mlx_distill.secrets_out import without_secrets
 from mlx_distill.trackers import Trackers
 
 
@@ -44,12 +45,16 @@ class Following:
         except BaseException as error:
             first = (str(error).splitlines() or [""])[0]
             kind = "" if isinstance(error, DistillError) else f"{type(error).__name__}: "
-            self._file.ended(f"{kind}{first}"[:300])
+            self._file.ended(without_secrets(f"{kind}{first}")[:300])
             raise
         finally:
             self._trackers.close(finished)
             self._console.record = None
         self._file.remove()
+
+    def ended(self, why: str) -> None:
+        """The run stops at once, because of another process."""
+        self._file.ended(why[:300])
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -87,15 +92,15 @@ class Following:
 
     def times(self) -> dict[str, Any]:
         try:
-            found = json.loads((self._folder / "times.json").read_text(encoding="utf-8"))
+            found = parse_object((self._folder / "times.json").read_bytes())
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return {name: seconds for name, seconds in found.items() if type(seconds) in (int, float)}
 
     def _record(self, line: str) -> None:
         if not line:
             return
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n"
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {without_secrets(line)}\n"
         if self._held is not None:
             self._held.append(line)
         else:

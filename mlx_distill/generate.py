@@ -7,9 +7,11 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_distill.keys import key_word
+from mlx_distill.models.divided import together_of, writing
 from mlx_distill.options import Sampling
 from mlx_distill.progress import Progress, silent
 from mlx_distill.sampling import Sampler
@@ -56,6 +58,17 @@ def generate(
     """
     from mlx_lm.generate import BatchGenerator
 
+    together = together_of(model)
+    if together is not None and together.tell is not None and not together.writing:
+        given = {"prompts": [list(prompt) for prompt in prompts], "stop": sorted(stop), "seed": seed}
+        given |= {"max_tokens": max_tokens, "batch_size": batch_size, "vocabulary": vocabulary, "keys": keys}
+        given["sampling"] = sampling and sampling.model_dump(include=set(Sampling.model_fields))
+
+        def mine() -> list[Answer]:
+            with writing(together):
+                return generate(model, **arguments(given), title=title, progress=progress)
+
+        return together.tell("write", given, b"", mine)
     model.eval()
     answers: list[Answer | None] = [None] * len(prompts)
     sampler = Sampler(model, sampling or Sampling(), vocabulary)
@@ -99,7 +112,16 @@ def generate(
                     unfinished += not finished
                     speed = total / (time.perf_counter() - started)
                     advance(1, tokens_per_second=speed, **({"unfinished": unfinished} if unfinished else {}))
+    if together is not None:  # the step begun ahead sends too, and must not meet what is sent next
+        mx.synchronize(generator.stream)
     return [answer if answer is not None else Answer([], False) for answer in answers]
+
+
+def arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate` from the plain values that another rank is told."""
+    sampling = given["sampling"]
+    options = None if sampling is None else Sampling.model_validate(sampling)
+    return {**given, "stop": set(given["stop"]), "sampling": options}
 
 
 def keys_of(prompts: Sequence[Sequence[int]]) -> list[str]:

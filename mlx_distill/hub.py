@@ -2,7 +2,8 @@
 
 What is not a folder here is fetched by huggingface_hub, which keeps its cache, its login and its switches
 (`HF_HUB_OFFLINE`, `HF_HOME`, `HF_ENDPOINT`). Only data is fetched: safetensors, JSON, text; never Python
-files or pickles, so nothing that comes from the Hub can run.
+files or pickles, so nothing that comes from the Hub can run. `--trust-remote-code` alone changes that, for
+the Python files of tokenizers.
 """
 
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import DistillError, ModelError, NotFound
-from mlx_distill.safetensors_check import check_weights, read_config
+from mlx_distill.safetensors_check import check_model_folder
 
 MODEL_FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
 DATASET_FILES = ["*.jsonl", "README.md"]  # the card, so that a dataset without .jsonl is cached too
@@ -31,6 +32,7 @@ def model_folder(
     endpoint: str | None = None,
     cache: Path | None = None,
     local_files_only: bool = False,
+    trust: bool = False,
 ) -> Path:
     """The folder of a model: config, weights whose files are sound, tokenizer. No weight is read.
 
@@ -38,6 +40,7 @@ def model_folder(
         name: `embedded`, a folder, or a repository on the Hub.
         where: the recipe key that named it, such as "teacher.model"; opens every message.
         endpoint, cache, local_files_only: null and False leave them to huggingface_hub's own settings.
+        trust: its tokenizer may be Python code.
 
     Raises:
         NotFound: neither a folder nor a repository that can be reached.
@@ -51,15 +54,15 @@ def model_folder(
     elif os.path.exists(path):
         folder = Path(path)
     elif is_name(name):
-        folder = _fetch(name, "model", MODEL_FILES, where, endpoint, cache, local_files_only)
+        files = [*MODEL_FILES, "*.py"] if trust else MODEL_FILES
+        folder = fetch(name, "model", files, where, endpoint, cache, local_files_only)
     else:
         raise NotFound(
             f"{where}: no folder {name!r}; name a model folder, `embedded`, "
             "or a Hub repository as organisation/name"
         )
     try:
-        read_config(folder)
-        check_weights(folder)
+        check_model_folder(folder, trust=trust)
     except DistillError as error:
         raise type(error)(f"{where}: {error}") from None
     return folder
@@ -79,10 +82,10 @@ def dataset_folder(
         NotFound: no such repository, or it cannot be reached.
         ModelError: a repository that may not be read.
     """
-    return _fetch(name, "dataset", DATASET_FILES, where, endpoint, cache, local_files_only)
+    return fetch(name, "dataset", DATASET_FILES, where, endpoint, cache, local_files_only)
 
 
-def _fetch(
+def fetch(
     name: str,
     kind: str,
     files: list[str],
@@ -107,7 +110,7 @@ def _fetch(
             )
         )
     except Exception as error:  # the HTTP library below, and so its errors, differ between versions
-        raise _explained(error, f"{where}: {kind} {name}", local_files_only) from error
+        raise explained(error, f"{where}: {kind} {name}", local_files_only) from error
 
 
 def _late_bar() -> Any:
@@ -124,7 +127,7 @@ def _late_bar() -> Any:
     return LateBar
 
 
-def _explained(error: Exception, what: str, local_files_only: bool) -> DistillError:
+def explained(error: Exception, what: str, local_files_only: bool) -> DistillError:
     """What huggingface_hub raised, as one line with the next move."""
     from huggingface_hub import errors
 

@@ -11,48 +11,54 @@ from mlx_distill.cache.ahead import Ahead
 from mlx_distill.cache.stage import cache_folder
 from mlx_distill.data.template import encode, encode_prompt, end_of_turn_ids
 from mlx_distill.difficulty import difficulties
+from mlx_distill.distributed import ALONE, Ranks
 from mlx_distill.evaluate.fidelity import fidelity
 from mlx_distill.lessons import Lessons, labels, make_batches
 from mlx_distill.losses.menu import MENU
 from mlx_distill.matching import teacher_layers
 from mlx_distill.models import Loaded
 from mlx_distill.on_policy import OwnRows
+from mlx_distill.options import Teacher, Term
 from mlx_distill.prune.sparse import masks_of
 from mlx_distill.recipe import Recipe
-from mlx_distill.run import StageLog
 from mlx_distill.self_teacher import Average
 from mlx_distill.spans import ForeignTeacher
+from mlx_distill.stage_log import StageLog
 from mlx_distill.student import widen
 from mlx_distill.teacher import LiveTeacher, Teaches
 from mlx_distill.train import HasBatches, Trained, train
 from mlx_distill.work import Work
 
 
-def learn(work: Work, stage: str, student: Loaded, learned: Lessons, recipe: Recipe) -> Trained:
+def learn(
+    work: Work, stage: str, student: Loaded, learned: Lessons, recipe: Recipe, ranks: Ranks = ALONE
+) -> Trained:
     """Train a student in place by the objective of `recipe`; adapters are merged into its weights at the end.
 
     Args:
         stage: names its checkpoints and its lines in the log: `student`, `baseline`, `round-1`, ...
         student: not the one that `work` keeps for another stage.
         recipe: of the run, or with another objective, other steps, or no teacher.
+        ranks: that share the training, each of which calls this.
     """
     dtype = widen(student.model) if recipe.student.method == "full" else None
     # Difficulties are those of the student's rows; the baseline takes its own in random order.
     batches: HasBatches = []
     if not recipe.all_own:
         batches = make_batches(learned, recipe, difficulties(work) if stage != "baseline" else None)
+    deal = ranks.deal(recipe)
+    batches = deal.batches(batches)
     if recipe.self_taught:
         work.lend(student)
-    # Where no loss asks the teachers, as on answers that one of them wrote before, none runs.
-    asked = recipe.teachers if any(MENU[name].needs_teacher for name in recipe.objective) else {}
+    asked = asked_in(recipe)
     averages = {
         place: Average(student.model, teacher.ema)
         for place, teacher in asked.items()
         if teacher.ema is not None
     }
-    teachers = [_teaches(work, place, student, learned, averages.get(place)) for place in asked]
+    teachers = [teaches(work, place, student, learned, averages.get(place)) for place in asked]
     if any(isinstance(teacher, CachedTeacher) for teacher in teachers):
-        batches = Ahead(batches, teachers, recipe.train.steps * recipe.train.micro_batches)
+        batches = Ahead(batches, teachers, recipe.train.steps * deal.each)
     # A cached teacher was unloaded to make room, and is not loaded again while the student trains.
     watching = work.prepared.valid and recipe.teacher and recipe.teacher.source == "live"
     compared = work.comparable_teacher() if watching else None
@@ -74,25 +80,42 @@ def learn(work: Work, stage: str, student: Loaded, learned: Lessons, recipe: Rec
             batches,
             recipe,
             work.prepared.vocabulary,
-            StageLog(work.run, stage),
+            StageLog(work.run, stage, recipe.train.keep),
             validate if work.prepared.valid else None,
-            _own_rows(work, recipe),
+            own_rows(work, recipe, ranks),
             list(averages.values()),
-            _masks(recipe, student),
+            masks(recipe, student),
+            [row.origin for row in learned.rows],
+            ranks,
         )
-    models.fused(student)
-    if dtype is not None:
-        student.model.set_dtype(dtype)
+        models.fused(student)
+        if dtype is not None:
+            student.model.set_dtype(dtype)
     return used
 
 
-def _masks(recipe: Recipe, student: Loaded) -> dict[str, mx.array]:
+def without_teacher(recipe: Recipe) -> Recipe:
+    """A recipe by which the same student learns from the user's labels alone: the baseline's."""
+    given = recipe.generate.model_copy(update={"on_policy": None})
+    changes = {"objective": {"cross_entropy": Term()}, "teacher": None, "generate": given}
+    return recipe.model_copy(update=changes)
+
+
+def asked_in(recipe: Recipe) -> dict[str, Teacher]:
+    """The teachers that run while the student trains.
+
+    Where no loss asks them, as on answers that one of them wrote before, none does.
+    """
+    return recipe.teachers if any(MENU[name].needs_teacher for name in recipe.objective) else {}
+
+
+def masks(recipe: Recipe, student: Loaded) -> dict[str, mx.array]:
     """Where the weights of a student that was made sparse may move; empty for one that was not."""
     sparse = recipe.student.prune is not None and recipe.student.prune.sparsity is not None
     return masks_of(student.model) if sparse else {}
 
 
-def _own_rows(work: Work, recipe: Recipe) -> OwnRows | None:
+def own_rows(work: Work, recipe: Recipe, ranks: Ranks = ALONE) -> OwnRows | None:
     """What lets the student answer the questions of the data itself; None where it is not to."""
     options, prepared = recipe.generate.on_policy, work.prepared
     if options is None:
@@ -106,10 +129,11 @@ def _own_rows(work: Work, recipe: Recipe) -> OwnRows | None:
         seed=recipe.seed,
         ends=end_of_turn_ids(prepared.tokenizer),
         vocabulary=prepared.vocabulary,
+        ranks=ranks,
     )
 
 
-def _teaches(
+def teaches(
     work: Work, place: str, student: Loaded, learned: Lessons, average: Average | None = None
 ) -> Teaches:
     """A teacher of the student, on these rows."""
@@ -122,7 +146,8 @@ def _teaches(
     if files.foreign:
         theirs = [encode(row, files.tokenizer, count=work.recipe.data.count) for row in learned.rows]
         tokenizer, size = work.prepared.tokenizer, work.prepared.vocabulary
-        return ForeignTeacher(loaded, files.vocabulary, rows, theirs, tokenizer, size)
+        origins = [row.origin for row in learned.rows]
+        return ForeignTeacher(loaded, files.vocabulary, rows, theirs, tokenizer, size, origins)
     terms = work.recipe.objective
     depths: list[Any] = [student.model.layers, loaded.model.layers]
     layers = teacher_layers(terms, *map(len, depths))

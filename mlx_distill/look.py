@@ -14,6 +14,7 @@ from mlx_distill.data.rows import no_such_path
 from mlx_distill.errors import RunFolderError
 from mlx_distill.layout import FINGERPRINT, ROOT, STAGES
 from mlx_distill.metrics import number
+from mlx_distill.odd_files import check_own
 from mlx_distill.progress_file import is_alive
 
 State = Literal["working", "finished", "stopped", "killed", "idle"]
@@ -83,8 +84,9 @@ class Watched:
         progress = _object(self.folder / "progress.json")
         alive = is_alive(progress) if progress else False
         stages = _object(self.folder / "stages.json")
-        environment = _object(self.folder / "environment.json")
+        command = _object(self.folder / "environment.json").get("command")
         metrics = [line for line in map(_parsed, self._metrics.lines()) if isinstance(line.get("stage"), str)]
+        metrics = [line for line in metrics if "rows" not in line]  # an event, which the log tells too
         state: State = "working"
         if progress.get("ended"):
             state = "stopped"
@@ -99,7 +101,7 @@ class Watched:
             progress=progress,
             metrics=[line for line in metrics if number(line.get("step")) is not None],
             said=self._log.lines(),
-            command=environment.get("command"),
+            command=command if isinstance(command, str) else None,
             now=time.time(),
         )
 
@@ -108,13 +110,14 @@ def find_run(run: str) -> Path:
     """The folder of a run that is named by its folder, or by its name in `runs/`.
 
     Raises:
-        NotFound: there is none. RunFolderError: the folder is no run's.
+        NotFound: there is none. RunFolderError: the folder is no run's, or holds what no run leaves.
     """
     named = [Path(run), ROOT / run]
     for folder in named:
-        if (folder / FINGERPRINT).is_file():
+        if os.path.isfile(folder / FINGERPRINT):  # unlike Path's, false for a name that no file system takes
+            check_own(folder)
             return folder
-    if named[0].is_dir():
+    if os.path.isdir(run):
         raise RunFolderError(f"{run} is no run folder: it has no file `{FINGERPRINT}`; name one in {ROOT}/")
     raise no_such_path(named[1] if len(named[0].parts) == 1 and ROOT.is_dir() else named[0])
 

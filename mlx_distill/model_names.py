@@ -11,7 +11,6 @@ What lies here goes before what may lie on the Hub.
 """
 
 import difflib
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from typing import Any
 from mlx_distill import recipe
 from mlx_distill.errors import ModelError, NotFound
 from mlx_distill.hub import is_name
+from mlx_distill.odd_files import check_own
+from mlx_distill.plain_json import parse_object
 from mlx_distill.run_folder import FINGERPRINT, ROOT
 
 STUDENT = "student"
@@ -46,6 +47,7 @@ def find_model(name: str, root: Path = ROOT) -> str:
         return name
     for folder, model in _places(path, root):
         if os.path.isfile(folder / FINGERPRINT):
+            check_own(folder)
             return _teacher_of(folder) if model == "teacher" else _model_of(folder, model)
     if name and (os.path.exists(path) or is_name(name)):
         return name
@@ -98,9 +100,10 @@ def _teacher_of(folder: Path) -> str:
 
 def _stages(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / "stages.json").read_text(encoding="utf-8"))
+        found = parse_object((folder / "stages.json").read_bytes())
     except (OSError, ValueError):
         return {}
+    return {name: result for name, result in found.items() if isinstance(result, dict)}
 
 
 def _models(folder: Path) -> list[str]:

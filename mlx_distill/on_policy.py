@@ -5,13 +5,16 @@ weights of that moment, else the data's (GKD, Agarwal et al. 2023, arXiv 2306.13
 gradient goes through the writing. See docs/on_policy.md.
 """
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Collection, Sequence
+from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 import mlx.nn as nn
 
 from mlx_distill.data.batch import PAD_TO, Batch, Encoded, make_batch
+from mlx_distill.distributed import ALONE, Ranks
 from mlx_distill.generate import Answer, generate
 from mlx_distill.keys import generator
 from mlx_distill.length_alarm import LengthAlarm
@@ -49,6 +52,7 @@ class OwnRows:
         batch_tokens: of a micro-batch, padding included, if every answer is as long as it may be.
         ends: ids that end a turn.
         vocabulary: ids from there on only pad the student's matrix, and are never drawn.
+        ranks: share the writing; every one gets all answers.
     """
 
     def __init__(
@@ -61,12 +65,13 @@ class OwnRows:
         seed: int,
         ends: Collection[int],
         vocabulary: int,
+        ranks: Ranks = ALONE,
     ):
         if not questions:
             raise ValueError("no questions for the student to answer")
         self.options, self.questions = options, questions
         self.steps, self.batch_tokens, self.seed = steps, batch_tokens, seed
-        self.ends, self.vocabulary = set(ends), vocabulary
+        self.ends, self.vocabulary, self.ranks = set(ends), vocabulary, ranks
         self.pad_to = PAD_TO * max(1, round(options.max_tokens / WIDTHS / PAD_TO))
         self._by_width: dict[int, list[int]] = defaultdict(list)
         for i, question in enumerate(questions):
@@ -105,17 +110,21 @@ class OwnRows:
         width = widths[int(random.choice(len(widths), p=[count / sum(counts) for count in counts]))]
         pool, size = self._by_width[width], self._size(width)
         asked = [self.questions[pool[i]] for i in random.choice(len(pool), size, len(pool) < size).tolist()]
-        answers = generate(
-            student,
-            asked,
-            self.ends,
-            max_tokens=self.options.max_tokens,
-            batch_size=size,
-            sampling=self.options,
-            keys=[f"on-policy {index} {place}" for place in range(size)],
-            seed=self.seed,
-            vocabulary=self.vocabulary,
-        )
+
+        def write(places: list[int]) -> list[Answer]:
+            return generate(
+                student,
+                [asked[place] for place in places],
+                self.ends,
+                max_tokens=self.options.max_tokens,
+                batch_size=size,
+                sampling=self.options,
+                keys=[f"on-policy {index} {place}" for place in places],
+                seed=self.seed,
+                vocabulary=self.vocabulary,
+            )
+
+        answers = [Answer(*one) for one in self.ranks.every_part(range(size), write)]
         student.train()
         ended = [[] if answer.end is None else [answer.end] for answer in answers]
         rows = [
@@ -123,6 +132,13 @@ class OwnRows:
             for question, answer, end in zip(asked, answers, ended, strict=True)
         ]
         return rows, answers
+
+    def largest(self) -> tuple[int, Encoded]:
+        """The width of the widest batch, and a row of it with an answer as long as one may be."""
+        width = max(self._by_width)
+        question = self.questions[self._by_width[width][0]]
+        answer = list(islice(cycle(question), self.options.max_tokens))
+        return width, Encoded([*question, *answer], len(question))
 
     def _size(self, width: int) -> int:
         return max(1, self.batch_tokens // width)
@@ -135,10 +151,11 @@ class OwnRows:
         """
         if self.options.schedule == "constant":
             return False
+        known = loss if math.isfinite(loss) else self.loss  # JSON, so a checkpoint, has no others
         if self.loss is None or loss < self.loss + RISE:
-            self.loss = loss if self.loss is None else self.loss
+            self.loss = known if self.loss is None else self.loss
             return False
-        before, self.loss = self.share, loss
+        before, self.loss = self.share, known
         self.share = min(self.options.share, self.share + RISE)
         return self.share > before
 

@@ -1,6 +1,6 @@
 """The most memory that each stage of a run took, beside what was predicted: `memory.json`."""
 
-import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +10,8 @@ import mlx.core as mx
 
 from mlx_distill.files import write_json
 from mlx_distill.memory import Estimate
-
-GIB = 2**30
+from mlx_distill.plain_json import parse_object
+from mlx_distill.resident import GIB, resident
 
 
 class PeakMemory:
@@ -25,6 +25,7 @@ class PeakMemory:
     def __init__(self, folder: Path, predicted: Estimate):
         self.path, self.predicted = folder / "memory.json", predicted
         self.on_gpu = mx.default_device() == mx.gpu
+        mx.clear_cache()  # of what was there before the run
         self.base = 0 if self.on_gpu else resident("VmRSS")
 
     @contextmanager
@@ -40,6 +41,10 @@ class PeakMemory:
         told = peak is not None and self.base is not None
         self._keep(stage, max(0, (peak or 0) - (self.base or 0)) / GIB if told else None)
 
+    def measured(self, stage: str) -> float | None:
+        """GiB that a stage took; None where nobody could tell."""
+        return _measured(self.path).get(stage)
+
     def _keep(self, stage: str, gib: float | None) -> None:
         how, found = "MLX's counter" if self.on_gpu else "resident memory of the process", self.predicted
         told = self.on_gpu or self.base is not None
@@ -47,8 +52,9 @@ class PeakMemory:
         predicted = {"student": found.student, **teachers, "logits": found.logits, "together": found.together}
         content: dict[str, Any] = {
             "predicted_gib": predicted,  # of training, with everything that is live then
+            "predicted_stages_gib": {name: parts.together for name, parts in found.by_stage.items()},
             "measured_gib": {**_measured(self.path), stage: gib},
-            "machine_gib": found.machine,
+            "machine_gib": found.machine if math.isfinite(found.machine) else None,
             "how": how if told else None,
             "why": None if told else "no GPU, and this system does not tell peak resident memory",
         }
@@ -58,17 +64,7 @@ class PeakMemory:
 def _measured(path: Path) -> dict[str, float | None]:
     """What earlier stages took, and those of the process before."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["measured_gib"]
-    except (OSError, ValueError, KeyError):
+        found = parse_object(path.read_bytes()).get("measured_gib")
+    except (OSError, ValueError):
         return {}
-
-
-def resident(name: str, *, reset_peak: bool = False) -> int | None:
-    """VmRSS (now) or VmHWM (peak) of this process in bytes, where Linux tells; None elsewhere."""
-    try:
-        if reset_peak:
-            Path("/proc/self/clear_refs").write_text("5")
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+    return found if isinstance(found, dict) else {}

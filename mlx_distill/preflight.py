@@ -3,8 +3,11 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from mlx_distill.asked import Asked, check_thinking, shown_to
@@ -19,12 +22,14 @@ from mlx_distill.evaluate.harness import check_harness
 from mlx_distill.evaluate.published import Published, published
 from mlx_distill.evaluate_checks import OWN, PUBLISHED, WRITTEN
 from mlx_distill.filters import check_filters, determining
-from mlx_distill.hub import is_name
+from mlx_distill.hub import is_name, model_folder
 from mlx_distill.layer_checks import check_objective
-from mlx_distill.memory import Estimate, estimate, with_sources
-from mlx_distill.models import check_architecture, load_tokenizer
+from mlx_distill.memory import Estimate, Rows, estimate, with_sources
+from mlx_distill.models import check_model, check_saveable, load_tokenizer
 from mlx_distill.models.headers import config_of
 from mlx_distill.options import Data, Generate, Source
+from mlx_distill.probes.files import compare_tokenizers
+from mlx_distill.probes.widths import check_widths, rows_of
 from mlx_distill.progress import Progress, silent
 from mlx_distill.prune.plan import Planned, plan_pruning
 from mlx_distill.prune.vocabulary import check_type, learned_texts, trimmed
@@ -68,17 +73,31 @@ class Prepared:
     planned: Planned | None = None  # the student, if it is to be cut out
     kept_tokens: Any = None  # ids that stay of the vocabulary of what is cut, (V',); None: all
     published: list[Published] = field(default_factory=list)  # problems that are evaluated beside `data.test`
-    memory: Estimate = field(kw_only=True)  # that training takes
+    trust: bool = False  # tokenizers of the models may be Python code
+    notes: list[str] = field(default_factory=list)  # what a user should know of the models' files
+    memory: Estimate = field(kw_only=True)  # that the run takes
+    undecided: Estimate = field(kw_only=True)  # with every teacher live whose source is `auto`
+    estimated: Callable[[Recipe], Estimate] = field(kw_only=True)  # of other options, on the same data
 
 
-def prepare(recipe: Recipe, progress: Progress = silent) -> Prepared:
+def prepare(
+    recipe: Recipe,
+    progress: Progress = silent,
+    *,
+    trust: bool = False,
+    folder_of: Callable[..., Path] = model_folder,
+) -> Prepared:
     """Check all of a recipe that needs no weights.
+
+    Args:
+        trust: tokenizers of the models may be Python code.
+        folder_of: finds models, as `hub.model_folder` does; weights that are not there are not missed.
 
     Raises:
         DistillError: what is wrong, in one line.
     """
     check_trackers(recipe)
-    folders = model_folders(recipe, lambda name: not is_name(name) or os.path.exists(name))
+    folders = model_folders(recipe, lambda name: not is_name(name) or os.path.exists(name), trust=trust)
     needed = {*recipe.teachers} - {*recipe.self_taught}
     needed |= {"student"} if recipe.student.shape is None else set()
     if needed <= folders.keys():  # before the data is read, which may take seconds
@@ -109,22 +128,24 @@ def prepare(recipe: Recipe, progress: Progress = silent) -> Prepared:
     check_filters(recipe, rows)
     check_marks(recipe.data, rows)
     # From the Hub too, once all that is here was seen to be right.
-    folders |= model_folders(recipe, lambda name: True)
+    folders |= model_folders(recipe, lambda name: True, trust=trust, folder_of=folder_of)
     student_folder = folders.get("student")
     if student_folder is not None and not recipe.across_tokenizers:
         for key in recipe.teachers.keys() - {*recipe.self_taught}:
             check_tokenizer_files(student_folder, folders[key])
-    for key, folder in folders.items():
-        check_architecture(folder, f"{key}.model")
+    for folder, key in {folder: key for key, folder in reversed(folders.items())}.items():
+        check_model(folder, f"{key}.model")
     planned = plan_pruning(recipe, folders)
     pruned = planned and planned.config
     check_objective(recipe, folders, pruned)
     check_loaded_student(recipe, folders)
-    mine = None if student_folder is None else load_tokenizer(student_folder)
+    mine = None if student_folder is None else load_tokenizer(student_folder, trust=trust)
     if recipe.student.tokenizer is not None:
         mine = train_tokenizer((_text_of(row) for row in rows["train"]), recipe.student.tokenizer)
-    teachers, tokenizer = teachers_of(recipe, folders, mine)
+    teachers, tokenizer = teachers_of(recipe, folders, mine, trust=trust)
+    check_saveable(tokenizer)
     check_towards(recipe, teachers)
+    notes = compare_tokenizers(recipe, mine, teachers, tokenizer, rows)
     kept_tokens = None
     if recipe.student.prune is not None and recipe.student.prune.vocabulary:
         for folder in folders.values():
@@ -137,11 +158,6 @@ def prepare(recipe: Recipe, progress: Progress = silent) -> Prepared:
         pruned = planned and planned.config
         check_objective(recipe, folders, pruned)
     vocabulary = max(tokenizer.get_vocab().values()) + 1
-    memory = estimate(recipe, folders, vocabulary, planned)
-    recipe = with_sources(recipe, memory)
-    caches = caches_of(recipe, folders, teachers, tokenizer, pruned)
-    refuse_others(recipe, caches)
-
     encoded: dict[str, list[Encoded]] = {}
     kept: dict[str, list[Row]] = {}
     dropped: dict[str, int] = {}
@@ -172,6 +188,21 @@ def prepare(recipe: Recipe, progress: Progress = silent) -> Prepared:
     _refuse_none("prompts", rows["prompts"], prompts, shortest, recipe)
     dropped["prompts"] = len(asked) - len(prompts)
 
+    learned = [row for key in ("train", *replayed) for row in encoded[key]]
+    questions = [len(one.tokens) for one in prompts]
+    known = Rows(learned, questions, encoded["valid"], encoded["test"])
+    estimated = partial(estimate, folders=folders, vocabulary=vocabulary, planned=planned, rows=known)
+    undecided = estimated(recipe)
+    recipe = with_sources(recipe, undecided)
+    caches = caches_of(recipe, folders, teachers, tokenizer, pruned)
+    refuse_others(recipe, caches)
+
+    if kept_tokens is None:
+        same = [key for key in folders if key == "student" or not teachers[key].foreign]
+        read = (max(row.tokens, default=0) for some in encoded.values() for row in some)
+        asked_of = (max(one.tokens, default=0) for one in prompts)
+        widths = {f"{key}.model": rows_of(config_of(folders[key])) for key in same}
+        notes += check_widths(widths, vocabulary, chain(read, asked_of))
     trained_on: list[Any] = [encoded["train"], [[one.tokens, one.shown] for one in prompts]]
     trained_on += [encoded[key] for key in replayed]
     if kept_tokens is not None:  # ids are numbers among those that stay
@@ -206,7 +237,11 @@ def prepare(recipe: Recipe, progress: Progress = silent) -> Prepared:
         planned,
         kept_tokens,
         published,
-        memory=memory,
+        trust,
+        notes,
+        memory=estimated(recipe),
+        undecided=undecided,
+        estimated=estimated,
     )
 
 

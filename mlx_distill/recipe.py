@@ -23,6 +23,7 @@ from pydantic import (
 from mlx_distill.errors import NotFound, RecipeError
 from mlx_distill.losses.menu import MENU, options_of
 from mlx_distill.mistakes import explain, nearest, shown, wanted
+from mlx_distill.odd_files import odd
 from mlx_distill.options import (
     Compress,
     Data,
@@ -37,7 +38,7 @@ from mlx_distill.options import (
     Train,
 )
 from mlx_distill.recipe_checks import contradictions
-from mlx_distill.strict_yaml import parse_value, parse_yaml
+from mlx_distill.strict_yaml import LARGEST, parse_value, parse_yaml
 
 
 class Recipe(Section):
@@ -152,8 +153,11 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         RecipeError: every mistake, one a line, each with the file, the path and the value seen.
     """
     path = Path(path)
+    if what := odd(path):
+        raise RecipeError(f"{path}: {what}, and no file; save the recipe in a file")
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LARGEST + 1)  # more is refused, and need not be read
     except FileNotFoundError:
         raise NotFound(f"{path}: no such recipe; `mlx-distill recipes` lists the bundled ones") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -203,13 +207,16 @@ def determining(recipe: Recipe) -> dict[str, Any]:
     heeded = {("data", "valid"), ("train", "eval_every")} if adaptive else set()
     for section, keys in {
         "data": ("valid", "test"),
-        "train": ("log_every", "eval_every", "save_every", "log_to"),
+        "train": (
+            *("log_every", "eval_every", "save_every", "keep", "log_to", "spike", "memory_gib"),
+            "skip_nonfinite",  # it ends a run or does not, and a student that is finished is the same
+        ),
     }.items():
         for key in keys:
             if (section, key) not in heeded:
                 del tree[section][key]
     for teacher in [tree["teacher"], *tree["teacher"]["others"]] if tree["teacher"] else []:
-        del teacher["cache"]  # where targets are stored
+        del teacher["cache"], teacher["parallel"]  # where targets are stored, and on how many machines made
     if tree["generate"]["endpoint"] is not None:  # where the model answers, and how it is asked
         tree["generate"]["endpoint"] = {key: tree["generate"]["endpoint"][key] for key in ("model", "chat")}
     return tree

@@ -40,6 +40,7 @@ def contradictions(recipe: "Recipe") -> list[str]:
         learned_quantization,
         compressing,
         _rounded_teachers,
+        _divided_teachers,
     )
     return [mistake for check in checks for mistake in check(recipe)]
 
@@ -350,3 +351,20 @@ def _rounded_teachers(recipe: "Recipe") -> list[str]:
         for place in recipe.self_taught
         if recipe.teachers[place].quantize is not None
     ]
+
+
+def _divided_teachers(recipe: "Recipe") -> list[str]:
+    """A teacher held in parts, of which something is asked that only a whole one gives."""
+    mistakes, prune = [], recipe.student.prune
+    for place, options in recipe.teachers.items():
+        if options.parallel is None:
+            continue
+        if prune is not None and (prune.vocabulary or (prune.model is None and place == "teacher")):
+            mistakes.append(
+                f"`{place}.parallel`: `student.prune` cuts a teacher, which takes a whole one; drop one"
+            )
+        if options.parallel == "pipeline" and any(MENU[name].family == "hidden" for name in recipe.objective):
+            mistakes.append(
+                f"`{place}.parallel` pipeline: no process sees the hidden states of all layers; use tensor"
+            )
+    return mistakes

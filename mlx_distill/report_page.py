@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill import metrics as m
+from mlx_distill.drive import stopped_by
 from mlx_distill.errors import RunFolderError
 from mlx_distill.files import write_text
+from mlx_distill.odd_files import odd
 from mlx_distill.run_record import RunRecord
 
 Line = tuple[str, int, Mapping[str, Any]]  # of a table: its name, colour and METRICS
@@ -195,6 +197,8 @@ def write_page(page: dict[str, Any], path: Path) -> Path:
     Args:
         page: `title`, `kind`, and of `_EMPTY` what it has.
     """
+    if what := odd(path):  # which writing would replace
+        raise RunFolderError(f"{path}: {what}, and no file; choose another place")
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader(Path(__file__).parent / "pages")
@@ -211,5 +215,6 @@ def write_page(page: dict[str, Any], path: Path) -> Path:
     try:
         write_text(path, html)
     except OSError as error:
-        raise RunFolderError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
+        unwritable = RunFolderError(f"{path}: cannot be written ({error.strerror}); choose another place")
+        raise stopped_by(error) or unwritable from None
     return path

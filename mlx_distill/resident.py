@@ -2,10 +2,11 @@
 
 import resource
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_distill.peak import GIB, resident
+GIB = 2**30
 
 
 def memory_in_use() -> tuple[str, float]:
@@ -21,3 +22,14 @@ def memory_in_use() -> tuple[str, float]:
         return "memory", now / GIB
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return "peak", largest * (1 if sys.platform == "darwin" else 1024) / GIB
+
+
+def resident(name: str, *, reset_peak: bool = False) -> int | None:
+    """VmRSS (now) or VmHWM (peak) of this process in bytes, where Linux tells; None elsewhere."""
+    try:
+        if reset_peak:
+            Path("/proc/self/clear_refs").write_text("5")
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)

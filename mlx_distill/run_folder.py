@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,19 @@ import mlx_distill
 from mlx_distill import recipe
 from mlx_distill.console import Console
 from mlx_distill.doctor import memory_gib
+from mlx_distill.drive import stopped_by
 from mlx_distill.errors import DistillError, RunFolderError
-from mlx_distill.files import write_json, write_text
+from mlx_distill.files import make_folder, partial, write_json, write_text
 from mlx_distill.interrupt import Interrupts
 from mlx_distill.layout import FINGERPRINT, ROOT
+from mlx_distill.lock import LOCK
 from mlx_distill.mistakes import shown
+from mlx_distill.odd_files import check_own
 from mlx_distill.recipe import Recipe
 from mlx_distill.run import Run
+from mlx_distill.secrets_out import without_secrets
+
+BEFORE = {FINGERPRINT, "recipe.yaml", "environment.json", "memory.json", "probes.json", LOCK}  # any stage
 
 
 def check_folder(options: Recipe, *, resume: bool, overwrite: bool, root: Path = ROOT) -> None:
@@ -31,27 +39,32 @@ def check_folder(options: Recipe, *, resume: bool, overwrite: bool, root: Path =
 
     Raises:
         RunFolderError: it exists and neither `resume` nor `overwrite` is given, it is no run folder, or
-            it cannot be written.
+            it cannot be written; or what no run leaves lies in one that is to go on.
     """
     folder = root / options.name
+    parent = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not parent.is_dir() or not os.access(parent, os.R_OK | os.W_OK | os.X_OK):
+        why = "check its permissions, or run elsewhere" if parent.is_dir() else "it is no folder"
+        raise RunFolderError(f"{folder}: {parent} cannot be written; {why}")
     if folder.is_dir() and not _holds_run(folder):
         what = "--overwrite will not remove it" if overwrite else "choose another name with name=..."
         raise RunFolderError(f"{folder} holds other files and is no run folder; {what}")
-    if folder.is_dir() and not (resume or overwrite):
+    if folder.is_dir() and not (resume or overwrite) and os.listdir(folder) != [LOCK]:
         raise RunFolderError(
             f"{folder} holds a run already: go on with --resume, replace it with --overwrite, "
             f"or choose another name with name={options.name}-2"
         )
-    parent = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        why = "check its permissions, or run elsewhere" if parent.is_dir() else "it is no folder"
-        raise RunFolderError(f"{folder}: {parent} cannot be written; {why}")
+    for path in folder.iterdir() if folder.is_dir() else ():  # or the first checkpoint would be lost
+        if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
+            raise RunFolderError(f"{path} cannot be written; check its permissions")
+    if resume:
+        check_own(folder)
 
 
 def _holds_run(folder: Path) -> bool:
     """Whether a folder is a run's, or empty, as one is that was stopped right after it was made."""
     names = {path.name for path in folder.iterdir()}
-    return FINGERPRINT in names or names <= {f".{FINGERPRINT}.part"}
+    return FINGERPRINT in names or names <= {partial(Path(FINGERPRINT)).name, LOCK}
 
 
 def open_run(
@@ -80,8 +93,8 @@ def open_run(
     try:
         if overwrite and folder.exists():
             _refuse_own_inputs(folder, options)
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+            _empty(folder)
+        make_folder(folder)
         write_text(folder / FINGERPRINT, fingerprint + "\n")
         write_text(folder / "recipe.yaml", recipe.dump(options))
         write_json(folder / "environment.json", environment())
@@ -89,8 +102,39 @@ def open_run(
         raise
     except OSError as error:
         why = f"{folder}: cannot be written ({error.strerror or error}); check its permissions"
-        raise RunFolderError(why) from None
+        raise stopped_by(error) or RunFolderError(why) from None
     return Run(folder, console, interrupts)
+
+
+def _empty(folder: Path) -> None:
+    """Remove all that a run left but the lock, which is this one's.
+
+    First the word that stages have finished, so that a kill in between leaves none that lacks its results,
+    and last what makes the folder a run's.
+    """
+    if folder.is_symlink():
+        raise OSError("it is a link")
+    (folder / "stages.json").unlink(missing_ok=True)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == FINGERPRINT):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+@contextmanager
+def nothing_left_before_a_stage(folder: Path) -> Iterator[None]:
+    """Remove a run's folder again where the block is refused, or stopped, before a stage has begun.
+
+    Nothing was made by then, so the next try, with another recipe perhaps, does not find a run in its way.
+    """
+    try:
+        yield
+    except DistillError:
+        if set(os.listdir(folder)) <= BEFORE:
+            with suppress(OSError):
+                _empty(folder)  # the lock goes with the one who holds it, and the folder with the lock
+        raise
 
 
 def check_same(folder: Path, options: Recipe, fingerprint: str) -> None:
@@ -100,7 +144,15 @@ def check_same(folder: Path, options: Recipe, fingerprint: str) -> None:
         RunFolderError: in what the two differ.
     """
     known = folder / FINGERPRINT
-    if known.exists() and known.read_text().strip() != fingerprint:
+    try:
+        found = known.read_text(errors="replace").strip()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise RunFolderError(
+            f"{known}: cannot be read ({error.strerror}); start anew with --overwrite"
+        ) from None
+    if found != fingerprint:
         raise RunFolderError(
             f"{folder} was made {_difference(folder, options)}; "
             "start anew with --overwrite, or choose another name with name=..."
@@ -153,17 +205,18 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "device": f"{mx.default_device().type.name} {info.get('device_name', '')}".strip(),
         "cores": os.cpu_count(),
-        "memory_gib": round(memory_gib(), 2),
+        "memory_gib": (gib := memory_gib()) and round(gib, 2),
         "blas": mlx_distill.BLAS,
         "commit": _commit(),
     }
 
 
 def _command() -> str:
-    """What was typed, so that it can be typed again."""
+    """What was typed, so that it can be typed again; without the secrets in it."""
     program = Path(sys.argv[0]).name
     started = ["python", "-m", "mlx_distill"] if program == "__main__.py" else [program]
-    return shlex.join([*started, *sys.argv[1:]])
+    typed = shlex.join([*started, *map(without_secrets, sys.argv[1:])])
+    return typed.encode("utf-8", "backslashreplace").decode()  # a name may hold what is no UTF-8
 
 
 def _commit() -> str | None:

@@ -1,11 +1,12 @@
 """A finished run as its folder tells it, for those who only look at it."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_distill.errors import DataError, NotFound
 from mlx_distill.metrics import Models
+from mlx_distill.odd_files import check_own
+from mlx_distill.plain_json import parse_object
 
 
 class RunRecord(NamedTuple):
@@ -32,16 +33,21 @@ class RunRecord(NamedTuple):
 
 
 def read_run(folder: Path) -> RunRecord:
-    """What the folder of a run holds; only evaluation.json must be there."""
+    """What the folder of a run holds; only evaluation.json must be there.
+
+    Raises:
+        NotFound, DataError: it is not there, or cannot be read. RunFolderError: what no run leaves is there.
+    """
+    check_own(folder)
     path = folder / "evaluation.json"
     again = "write it with `mlx-distill evaluate RECIPE`"
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = parse_object(path.read_bytes())
     except FileNotFoundError:
         raise NotFound(f"{path}: no such file; {again}") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}); {again}") from None
-    models = tree.get("models") if isinstance(tree, dict) and tree.get("schema") == 1 else None
+    models = tree.get("models") if tree.get("schema") == 1 else None
     if not isinstance(models, dict) or not models or not all(isinstance(x, dict) for x in models.values()):
         raise DataError(f'{path}: expected {{"schema": 1, "models": {{...}}}}; {again}')
     unreadable: list[str] = []
@@ -89,12 +95,8 @@ def _read_lines(path: Path, unreadable: list[str], whole: bool = False) -> list[
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            found.append(parse_object(line))
         except ValueError:
-            value = None
-        if isinstance(value, dict):
-            found.append(value)
-        else:
             broken += 1
     if broken:
         unreadable.append(f"{path.name}: {broken} {'line' if broken == 1 else 'lines'} could not be read.")

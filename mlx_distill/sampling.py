@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_distill.losses.targets import log_softmax
+from mlx_distill.models.divided import of_first, together_of
 from mlx_distill.options import Sampling
 
 
@@ -148,7 +149,13 @@ class Sampler:
         caller: Any = self.model
         logits = caller(tokens, cache=cache[:-1])[..., : self.vocabulary]
         keys = cache[-1].advance(tokens.shape[1])
-        if self.options.temperature == 0 or tokens.shape[1] > 1:  # of a prompt nothing is drawn
+        if tokens.shape[1] > 1:  # of a prompt nothing is drawn
             return logits
-        drawn = cut(logits[:, -1], self.options) + gumbel_noise(keys, logits.shape[-1])
-        return drawn[:, None]
+        if self.options.temperature > 0:
+            drawn = cut(logits[:, -1], self.options) + gumbel_noise(keys, logits.shape[-1])
+            logits = drawn[:, None]
+        together = together_of(self.model)
+        if together is not None:
+            taken = of_first(mx.argmax(logits, axis=-1, keepdims=True), together)
+            logits = (mx.arange(logits.shape[-1]) == taken).astype(mx.float32)
+        return logits

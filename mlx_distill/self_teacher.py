@@ -55,10 +55,17 @@ class Average:
         arrays = dict(tree_flatten(self.model.parameters()))
         return {name: arrays[name] for name in self._names}
 
-    def follow(self, student: nn.Module) -> None:
-        """weights <- decay * weights + (1 - decay) * the student's; described, not yet computed."""
+    def follow(self, student: nn.Module, taken: mx.array | None = None) -> None:
+        """weights <- decay * weights + (1 - decay) * the student's; described, not yet computed.
+
+        Args:
+            taken: whether the student has moved; where it has not, neither do they. None: it has.
+        """
         now = dict(tree_flatten(student.trainable_parameters()))
-        self.put({name: self.decay * w + (1 - self.decay) * now[name] for name, w in self.weights.items()})
+        new = {name: self.decay * w + (1 - self.decay) * now[name] for name, w in self.weights.items()}
+        if taken is not None:
+            new = {name: mx.where(taken, new[name], w) for name, w in self.weights.items()}
+        self.put(new)
 
     def put(self, weights: dict[str, mx.array]) -> None:
         """Replace weights by name."""

@@ -41,6 +41,7 @@ class ForeignTeacher:
         ours, theirs: every row to train on, in the student's tokens and in the teacher's.
         tokenizer: the student's.
         size: real size of the student's.
+        origins: where each row stands, for messages; (): by their numbers.
 
     Raises:
         ValueError: a tokenizer whose tokens' bytes are not known.
@@ -55,6 +56,7 @@ class ForeignTeacher:
         theirs: Sequence[Encoded],
         tokenizer: Any,
         size: int,
+        origins: Sequence[str] = (),
     ):
         self.model, self.ours, self.theirs = loaded.model, ours, theirs
         self.model.freeze()
@@ -69,9 +71,10 @@ class ForeignTeacher:
             try:
                 self.spans.append(align_rows(*both, *tables, *ends))
             except ValueError as error:
+                where = origins[number - 1] if origins else f"row {number} of those to learn from"
                 raise DataError(
-                    f"`objective.cross_tokenizer`: row {number} of those to learn from reads differently to "
-                    f"teacher and student ({error}); leave it out, or choose a teacher that reads it alike"
+                    f"`objective.cross_tokenizer`: {where} reads differently to teacher and student "
+                    f"({error}); leave it out, or choose a teacher that reads it alike"
                 ) from None
 
     def targets(self, batch: Batch) -> Targets:

@@ -69,7 +69,7 @@ class Speaker:
         self.name, self.options = name, options
         found = find_model(name)
         try:
-            self.loaded = models.load(found, "MODEL", lazy=True)
+            self.loaded = models.load(found, "MODEL", lazy=True, trust=options.trust_remote_code)
         except NotFound as error:
             raise NotFound(f"{error}{near(name)}") from None
         tokenizer, config = self.loaded.tokenizer, self.loaded.config

@@ -21,6 +21,7 @@ class Speech(Sampling):
     system: str | None = None  # message that opens each chat
     thinking: bool | None = None  # `enable_thinking` of the chat template; null: as the template has it
     raw: bool = False  # the text goes on, without the chat template
+    trust_remote_code: bool = False  # the model's tokenizer may be Python code
 
     @model_validator(mode="after")
     def check_speech(self) -> Self:

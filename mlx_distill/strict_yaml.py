@@ -12,6 +12,8 @@ import yaml
 
 from mlx_distill.errors import RecipeError
 
+LARGEST = 200_000  # characters of a recipe, and values in it, aliases written out
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2 scalars, and without doubled keys."""
@@ -75,8 +77,19 @@ def parse_value(text: str, where: str) -> Any:
 
 
 def _parse(text: str, where: str) -> Any:
+    if len(text) > LARGEST:
+        raise RecipeError(f"{where}: {len(text)} characters; a recipe has {LARGEST} at most")
     try:
-        return yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            if _values(node, {}) > LARGEST:
+                raise RecipeError(f"its aliases make more than {LARGEST} values of it; write it out")
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
     except RecursionError:
@@ -90,6 +103,19 @@ def _parse(text: str, where: str) -> Any:
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problem = getattr(error, "problem", None) or _first_line(error)
         raise RecipeError(f"{where}: {place}not readable as YAML ({problem})") from None
+
+
+def _values(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for where every alias is written out; each node is counted once."""
+    if id(node) not in known:
+        known[id(node)] = 0  # within itself: the constructor refuses that
+        parts = []
+        if isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        elif isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_values(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _first_line(error: Exception) -> str:

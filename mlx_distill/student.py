@@ -1,10 +1,11 @@
 """The student: loaded or built, with the parameters that move set free and no others."""
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_distill import models
 from mlx_distill.errors import ModelError
@@ -13,17 +14,18 @@ from mlx_distill.models import Loaded
 from mlx_distill.options import Student
 
 
-def make_student(options: Student, tokenizer: Any | None, seed: int) -> Loaded:
+def make_student(options: Student, tokenizer: Any | None, seed: int, *, trust: bool = False) -> Loaded:
     """The student as it is before training; the same bits for the same recipe and seed.
 
     Args:
         tokenizer: for a new `shape`: the teacher's, or one trained on the data. A loaded model has
             its own.
+        trust: it may be Python code.
     """
     if options.shape is not None:
         return models.build(options.shape, tokenizer, seed)
     assert options.model is not None  # the recipe holds one of the two
-    loaded = models.load(options.model, "student.model")
+    loaded = models.load(options.model, "student.model", trust=trust)
     if options.method != "full":
         add_adapters(loaded.model, options, seed)
     return loaded
@@ -77,10 +79,52 @@ def checkpoint_layers(model: Any) -> None:
 
 def _checkpointed(layer_class: type[nn.Module]) -> type[nn.Module]:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        def run(parameters: Any, *args: Any, **kwargs: Any) -> Any:
+        def run(parameters: Any, args: Any, kwargs: Any) -> Any:
+            own = self.parameters()
             self.update(parameters)
-            return layer_class.__call__(self, *args, **kwargs)
+            try:
+                return layer_class.__call__(self, *args, **kwargs)
+            finally:
+                self.update(own)
 
-        return mx.checkpoint(run)(self.trainable_parameters(), *args, **kwargs)
+        return _recomputed(run, self.trainable_parameters(), args, kwargs)
 
     return type(f"Checkpointed{layer_class.__name__}", (layer_class,), {"__call__": call})
+
+
+def _recomputed(run: Callable[[Any, Any, Any], Any], parameters: Any, args: Any, kwargs: Any) -> Any:
+    """`run(parameters, args, kwargs)`, computed once more in the backward pass, and not before its turn.
+
+    `mx.checkpoint` leaves MLX free to compute a layer again early, and the gradients of its weights late; in
+    between lies all that was to be saved. So here a layer is computed again only once the gradient of what it
+    gave is there, and the layer before it waits until this one's gradients are.
+    """
+    tree = (parameters, args, kwargs)
+    inputs: list[mx.array] = []
+    tree_map(lambda leaf: inputs.append(leaf) if _moves(leaf) else None, tree)
+    count = sum(_moves(leaf) for _, leaf in tree_flatten(parameters))
+    shaped: list[Any] = []  # how the outputs hang together
+
+    def flat(*arrays: mx.array) -> list[mx.array]:
+        given = iter(arrays)
+        made = [run(*tree_map(lambda leaf: next(given) if _moves(leaf) else leaf, tree))]
+        # Not the arrays: of a compiled step they hold the trace, which holds this function, for ever.
+        shaped[:] = tree_map(lambda _: None, made)
+        return [array for _, array in tree_flatten(made)]  # type: ignore[misc]
+
+    function = mx.custom_function(flat)
+
+    @function.vjp
+    def _(primals: Any, cotangents: Any, outputs: Any) -> list[mx.array]:
+        _, found = mx.vjp(flat, mx.depends(list(primals), list(cotangents)), list(cotangents))
+        weights, before = found[:count], found[count:]
+        return [*weights, *(mx.depends(before, weights) if weights and before else before)]
+
+    made: Any = function(*inputs)
+    outputs = iter(made)
+    return tree_map(lambda _: next(outputs), shaped[0])
+
+
+def _moves(leaf: Any) -> bool:
+    """Whether a gradient may flow into it."""
+    return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)

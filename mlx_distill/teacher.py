@@ -10,6 +10,7 @@ from mlx_distill.data.vocabularies import Shared
 from mlx_distill.errors import ModelError
 from mlx_distill.losses import Targets
 from mlx_distill.models import Loaded
+from mlx_distill.models.divided import together_of
 from mlx_distill.models.head import Head
 from mlx_distill.models.taps import tapped
 
@@ -55,8 +56,10 @@ class LiveTeacher:
         self.model.eval()
         self.head: Head = Head(self.model, vocabulary)
         # Compiled once a shape. Its weights are inputs, not constants baked into each trace.
+        self.logits, self._seen = self._logits, self._look
+        if together_of(self.model) is not None:  # each of its calls is told to other processes
+            return
         self.logits = mx.compile(self._logits, inputs=[self.model.state])
-        self._seen = self._look
         if not self.layers.attention:  # what attention is made of has parts that are no arrays
             self._seen = mx.compile(self._look, inputs=[self.model.state])
 

@@ -30,10 +30,20 @@ class TeacherFiles:
     foreign: bool  # its vocabulary is not the student's
 
 
-def model_folders(recipe: Recipe, wanted: Callable[[str], bool]) -> dict[str, Path]:
+def model_folders(
+    recipe: Recipe,
+    wanted: Callable[[str], bool],
+    *,
+    trust: bool = False,
+    folder_of: Callable[..., Path] = model_folder,
+) -> dict[str, Path]:
     """Folders of the models that the recipe loads, and that are wanted by name; their files are checked.
 
     Under `student` stands what the student is loaded from, or cut out of.
+
+    Args:
+        trust: tokenizers may be Python code.
+        folder_of: finds them, as `hub.model_folder` does.
     """
     named = {key: one.model for key, one in recipe.teachers.items() if key not in recipe.self_taught}
     prune, places = recipe.student.prune, {key: f"{key}.model" for key in named}
@@ -41,7 +51,7 @@ def model_folders(recipe: Recipe, wanted: Callable[[str], bool]) -> dict[str, Pa
         named["student"], places["student"] = recipe.student.model, "student.model"
     if prune is not None and prune.model is not None:
         named["student"], places["student"] = prune.model, "student.prune.model"
-    found = {key: model_folder(name, places[key]) for key, name in named.items() if wanted(name)}
+    found = {key: folder_of(name, places[key], trust=trust) for key, name in named.items() if wanted(name)}
     check_teachers(recipe, found)
     if prune is not None and prune.model is None and "teacher" in found:
         found["student"] = found["teacher"]
@@ -49,15 +59,16 @@ def model_folders(recipe: Recipe, wanted: Callable[[str], bool]) -> dict[str, Pa
 
 
 def teachers_of(
-    recipe: Recipe, folders: dict[str, Path], own: Any | None
+    recipe: Recipe, folders: dict[str, Path], own: Any | None, *, trust: bool = False
 ) -> tuple[dict[str, TeacherFiles], Any]:
     """Each teacher with its tokenizer compared, and the tokenizer that the student trains with.
 
     Args:
         own: the tokenizer of a loaded student, or the one trained for a new one; None: the teacher's.
+        trust: tokenizers may be Python code.
     """
     others = [key for key in recipe.teachers if key not in recipe.self_taught]
-    loaded = {key: load_tokenizer(folders[key]) for key in others}
+    loaded = {key: load_tokenizer(folders[key], trust=trust) for key in others}
     tokenizer = own if own is not None else loaded["teacher"]
     loaded = {key: loaded.get(key, tokenizer) for key in recipe.teachers}
     teachers = {}

@@ -5,7 +5,6 @@ Each is a `Tracker` of `trackers.py`. What a package would add to the numbers by
 
 import contextlib
 import io
-import json
 import os
 import platform
 import shlex
@@ -18,6 +17,7 @@ from typing import Any
 import yaml
 
 from mlx_distill.files import write_json
+from mlx_distill.plain_json import parse_object
 from mlx_distill.recipe import Recipe, dump
 
 PROJECT = "mlx_distill"
@@ -174,7 +174,10 @@ def _identity(folder: Path) -> str:
     """What tells this run from all others of its name: a resumed run has the same, a replaced one another."""
     path = folder / "trackers.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["id"]
-    except (OSError, ValueError, KeyError):
-        write_json(path, {"id": uuid.uuid4().hex[:12]})
-        return json.loads(path.read_text(encoding="utf-8"))["id"]
+        known = parse_object(path.read_bytes()).get("id")
+    except (OSError, ValueError):
+        known = None
+    if not isinstance(known, str):
+        known = uuid.uuid4().hex[:12]
+        write_json(path, {"id": known})
+    return known

@@ -6,13 +6,13 @@ tracker that fails while the run goes on is told of once and then left alone.
 
 import contextlib
 import importlib.util
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from mlx_distill.errors import DistillError, MissingExtra, RecipeError
+from mlx_distill.plain_json import parse_object
 from mlx_distill.recipe import Recipe
 from mlx_distill.tracker_packages import TensorBoard, Trackio, Wandb
 
@@ -60,7 +60,7 @@ class Trackers:
         """Hand on the scores of an evaluation.json; nothing if there is none."""
         if not self._trackers or not path.exists():
             return
-        models = json.loads(path.read_text(encoding="utf-8"))["models"]
+        models = parse_object(path.read_bytes())["models"]  # just written
         for model, metrics in models.items():
             numbers = {name: float(value) for name, value in metrics.items() if _is_number(value)}
             self._each(lambda tracker, model=model, numbers=numbers: tracker.scores(model, numbers))

@@ -4,9 +4,9 @@ Offline, live-teacher and plain training differ in the rows, the targets and the
 move; the loop is the same. A step is one finished optimizer update.
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
@@ -14,8 +14,13 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from mlx_distill.cache.reader import CachedTeacher
+from mlx_distill.chunk_size import chunk_of
+from mlx_distill.counters import Counters
 from mlx_distill.data.batch import Batch, counted_places, place_weights
-from mlx_distill.errors import Diverged
+from mlx_distill.diagnosis import Seen
+from mlx_distill.distributed import ALONE, Ranks
+from mlx_distill.distributed.dealing import Deal, adds_nothing
+from mlx_distill.guards import Guard, copied, is_finite, keep_unless
 from mlx_distill.keys import seed_global
 from mlx_distill.losses import Targets
 from mlx_distill.losses.menu import MENU
@@ -25,14 +30,10 @@ from mlx_distill.on_policy import OwnRows
 from mlx_distill.optimizer import clip, make_optimizer
 from mlx_distill.prune.sparse import masked
 from mlx_distill.recipe import Recipe
-from mlx_distill.run import Counters, StageLog
 from mlx_distill.self_teacher import Average
+from mlx_distill.stage_log import StageLog
 from mlx_distill.student import checkpoint_layers
 from mlx_distill.teacher import LiveTeacher, NoTeacher, Teaches
-
-# Float32 arrays over the vocabulary that a chunk of forward_kl holds at once, for each distribution: logits,
-# probabilities, and gradients of both. From benchmarks/losses_bench.py; others hold more.
-COPIES = 4.5
 
 
 class Trained(NamedTuple):
@@ -52,7 +53,7 @@ class Step(NamedTuple):
     """The two halves of a step, compiled apart so that micro-batches can be added up between them."""
 
     gradients: Callable[[Batch, Sequence[Targets], Schedule], tuple[Any, dict[str, mx.array]]]
-    update: Callable[[Any, mx.array], mx.array]
+    update: Callable[[Any, mx.array, dict[str, mx.array]], tuple[mx.array, mx.array]]
 
 
 def make_step(
@@ -61,7 +62,8 @@ def make_step(
     """Functions that compute and apply gradients of `objective` by the weights of its student.
 
     `gradients(batch, targets, schedule)` gives sums over counted positions, to be added up;
-    `update(sums, weight)` divides once, clips, updates student and optimizer in place, and gives the norm.
+    `update(sums, weight, parts)` divides once, clips, updates student and optimizer in place, and gives the
+    norm, and whether it and the sums of the losses are finite: if not, it has changed nothing.
 
     Args:
         masks: True where a weight moves, by parameter. A zero elsewhere stays one: without a gradient AdamW
@@ -80,11 +82,17 @@ def make_step(
         (_, parts), sums = value_and_gradients(tokens, places, weights, targets, schedule)
         return sums, parts
 
-    def update(sums: Any, weight: mx.array) -> mx.array:
+    def update(sums: Any, weight: mx.array, parts: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
         means = tree_map(lambda g: g / weight.astype(g.dtype), masked(sums, masks or {}))
         means, size = clip(means, recipe.train.clip)
+        taken = is_finite(size, parts)
+        weights, state = student.trainable_parameters(), copied(optimizer.state)
         optimizer.update(student, means)
-        return size
+        moved = student.trainable_parameters()
+        keep_unless(taken, weights, moved)
+        student.update(moved)
+        keep_unless(taken, state, optimizer.state)
+        return size, taken
 
     if recipe.train.compile:
         # All that changes between calls is an input: weights, adapters, optimizer, and dropout's
@@ -107,20 +115,6 @@ def make_step(
     return Step(gradients, update)
 
 
-def chunk_of(logits_mib: int, vocabulary: int, *, logits: int) -> int:
-    """Places at a time: as many as `train.logits_mib` holds, 16 at least.
-
-    A power of two, and from 128 on a multiple of 128, as the number of counted places is: an odd last chunk
-    could not take over the memory of the others.
-
-    Args:
-        logits: how many distributions over the vocabulary a place has at once: the student's, one of each
-            exit, and one of each live teacher.
-    """
-    places = int(logits_mib * 2**20 / (vocabulary * 4 * COPIES * logits))
-    return places // 128 * 128 if places >= 128 else max(16, 2 ** (max(1, places).bit_length() - 1))
-
-
 def train(
     student: Any,
     teachers: Sequence[Teaches],
@@ -132,6 +126,8 @@ def train(
     own: OwnRows | None = None,
     averages: Sequence[Average] = (),
     masks: Mapping[str, mx.array] | None = None,
+    origins: Sequence[str] = (),
+    ranks: Ranks = ALONE,
 ) -> Trained:
     """Train `student` in place for `recipe.train.steps` updates, from the last checkpoint on.
 
@@ -143,9 +139,11 @@ def train(
         own: rows that the student writes itself, in place of some of the batches; None: it writes none.
         averages: of the student's weights, which follow it step by step.
         masks: where weights move, by parameter; all others of these parameters stay zero.
+        origins: where each row of the batches stands, for messages; empty: they are numbered.
+        ranks: this process among those that share the training; its `batches` are those dealt to it.
 
     Raises:
-        Diverged: the gradient is no finite number any more.
+        Diverged: loss or gradient are not finite for more steps in a row than `skip_nonfinite`.
         Interrupted: a signal came; a checkpoint was saved.
     """
     options = recipe.train
@@ -156,55 +154,65 @@ def train(
     optimizer = make_optimizer(options)
     optimizer.init(student.trainable_parameters())
     counters = log.restore(student, optimizer, *averages)
+    counters = Counters(**ranks.same_start(student, optimizer, averages, asdict(counters)))
     step_functions = make_step(objective, optimizer, recipe, masks)
+    guard = Guard(recipe, log, origins)
     layers = len(student.layers) if objective.exits else 0
+    deal = ranks.deal(recipe)
     if own is not None and counters.own:
         own.restore(counters.own)
     elif own is not None and own.needs_loss and validate is not None:
-        own.validated(validate(student)["nll"])
+        own.validated(ranks.from_first(lambda: validate(student))["nll"])
         student.train()
     started = time.perf_counter() - counters.seconds
 
     for step in log.steps(counters.step + 1, options.steps):
         if recipe.student.dropout:
-            seed_global(recipe.seed, "dropout", step)
+            seed_global(recipe.seed, f"dropout {ranks.rank}" if ranks.rank else "dropout", step)
         schedule = exit_schedule(recipe.objective, layers, step, options.steps)
-        sums = _accumulate(step, student, teachers, batches, recipe, step_functions, schedule, own, counters)
-        size = step_functions.update(sums.gradients, sums.weight)
+        sums, seen = _accumulate(
+            step, student, teachers, batches, recipe, step_functions, schedule, own, counters, deal
+        )
+        sums = ranks.total(sums)
+        size, taken = step_functions.update(sums.gradients, sums.weight, sums.parts)
         for average in averages:
-            average.follow(student)
+            average.follow(student, taken)
         # The one evaluation of a step: everything before it was only described, but own answers.
-        mx.eval(student.state, optimizer.state, [one.weights for one in averages], sums[1:], size)
+        moving = [one.weights for one in averages]
+        mx.eval(student.state, optimizer.state, moving, sums[1:], size, taken, [one[2:] for one in seen])
 
         # From here on, `step` names the weights just made.
-        if not math.isfinite(float(size)):
-            raise Diverged(
-                f"{log.stage}: the gradient is not finite at step {step}; lower `train.learning_rate` "
-                f"(now {options.learning_rate:g}) or raise `train.warmup`"
+        if taken:
+            counters.add(
+                step,
+                sums.parts,
+                float(sums.weight),
+                int(sums.counted),
+                time.perf_counter() - started,
+                float(sums.labels),
             )
-        counters.add(
-            step,
-            sums.parts,
-            float(sums.weight),
-            int(sums.counted),
-            time.perf_counter() - started,
-            float(sums.labels),
-        )
+        else:
+            counters.skip(step, time.perf_counter() - started)
+        guard.look(counters, seen, sums, size, float(optimizer.learning_rate))
         if own is not None and (warning := own.alarm.news()):
             log.say(warning)
         if every(options.log_every, step) or step == options.steps:
             log.metrics(counters, recipe, float(size), float(optimizer.learning_rate))
         if validate is not None and every(options.eval_every, step):
-            measured = validate(student)
+            measured = ranks.from_first(lambda: validate(student))
             log.validation(step, measured)
             if own is not None and own.validated(measured["nll"]):
                 log.say(f"validation has become worse: {own.share:.0%} own rows from here on")
             student.train()
-        stopping = log.interrupts.number is not None
-        if step < options.steps and (stopping or every(options.save_every, step)):
+        if drift := ranks.keep_equal(step, options, student, optimizer, averages):
+            log.say(drift)
+        due = taken and every(options.save_every, step) and step < options.steps
+        if (due or log.interrupts.number is not None) and ranks.rank == 0:
             counters.own = {} if own is None else own.state()
+            guard.check_kept(step, student, optimizer, averages)
             log.save(student, optimizer, counters, *averages)
         log.interrupts.check()
+    guard.check_kept(options.steps, student, optimizer, averages)
     student.eval()
     strip(student)
     return Trained(counters.tokens, counters.seconds)
@@ -263,26 +271,35 @@ def _accumulate(
     schedule: Schedule,
     own: OwnRows | None,
     counters: Counters,
-) -> Sums:
-    """The micro-batches of a step. What the student wrote for them is counted at once."""
+    deal: Deal,
+) -> tuple[Sums, list[Seen]]:
+    """The micro-batches of a step, added up and one by one. What the student wrote is counted at once."""
     total: Any = None
+    seen: list[Seen] = []
     count = recipe.train.micro_batches
-    for index in range((step - 1) * count, step * count):
-        written = None if own is None else own.micro_batch(index, step, student)
-        batch = batches[index] if written is None else written.batch
+    wrote = {}
+    if own is not None:
+        for index in range((step - 1) * count, step * count):
+            written = wrote[index] = own.micro_batch(index, step, student)
+            counters.add_own({"micro_batches": 1} | ({} if written is None else written.counts))
+    for piece in deal.pieces(step):
+        written = wrote.get(piece.micro_batch)
+        batch = batches[piece.number] if written is None else piece.of(written.batch)
         weights = schedule
         if own is not None:
             weights = label_schedule(recipe.objective, schedule, own=written is not None)
-            counters.add_own({"micro_batches": 1} | ({} if written is None else written.counts))
         targets = [teacher.targets(batch) for teacher in teachers or [NoTeacher()]]
         gradients, parts = functions.gradients(batch, targets, weights)
         weight = batch.weights.sum(-1).sum()
         labels = weight if written is None else mx.zeros_like(weight)
         new = Sums(gradients, parts, weight, labels, batch.counted.sum())
+        if deal.size > 1 and adds_nothing(batch):
+            new = tree_map(mx.zeros_like, new)
+        seen.append(Seen(batch, written is not None, new.parts, weight))
         total = new if total is None else tree_map(mx.add, total, new)
-        if count > 1:
+        if deal.each > 1:
             mx.eval(total)  # or the graphs of all micro-batches would be alive at once
-    return total
+    return total, seen
 
 
 def every(interval: int, step: int) -> bool:

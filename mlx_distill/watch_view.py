@@ -127,8 +127,8 @@ def picture(look: Look, blocks: str = BLOCKS) -> Any:
         head.append(f"  no word for {clock_time(age)}", style="not bold yellow")
     last = look.said[-5:] if look.state != "finished" else []  # the verdict is said below
     said = [Text(printable(line), style="dim", overflow="ellipsis", no_wrap=True) for line in last]
-    parts = [head, _stages(look), *_works(look), *_curves(look, blocks), *([Text("")] if said else []), *said]
-    return Group(*parts)
+    parts = [head, _stages(look, blocks), *_works(look), *_curves(look, blocks)]
+    return Group(*parts, *([Text("")] if said else []), *said)
 
 
 _STYLES = {
@@ -140,22 +140,23 @@ _STYLES = {
 }
 
 
-def _stages(look: Look) -> Any:
+def _stages(look: Look, blocks: str) -> Any:
     from rich.table import Table
     from rich.text import Text
 
     table = Table.grid(padding=(0, 2, 0, 0))
+    going, done, later = "▸✓·" if blocks == BLOCKS else ">+-"
     ahead = [name for name in STAGES if name not in look.stages and name != look.stage]
     for name in [name for name in STAGES if name in look.stages or name == look.stage]:
         seconds = look.seconds(name)
         going_on = name == look.stage and name not in look.stages
-        mark = Text("▸" if going_on else "✓", style=_STYLES[look.state] if going_on else "green")
+        mark = Text(going if going_on else done, style=_STYLES[look.state] if going_on else "green")
         result = look.stages.get(name)
         why = result.get("why") if isinstance(result, dict) else None
         note = Text(printable(str(why)) if why else "", style="dim", overflow="ellipsis", no_wrap=True)
         table.add_row(mark, Text(name), Text(clock_time(seconds) if seconds is not None else ""), note)
     if ahead and look.state != "finished":
-        table.add_row(Text("·"), Text("then", style="dim"), "", Text(", ".join(ahead), style="dim"))
+        table.add_row(Text(later), Text("then", style="dim"), "", Text(", ".join(ahead), style="dim"))
     return table
 
 

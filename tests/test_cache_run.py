@@ -13,7 +13,7 @@ import pytest
 import workshop
 from workshop import command, process
 
-from mlx_distill import learning, memory, models, pipeline
+from mlx_distill import learning, models, pipeline
 from mlx_distill.cache.reader import CachedTeacher
 
 CACHED = [
@@ -52,9 +52,9 @@ def no_teacher(patch: pytest.MonkeyPatch) -> None:
     """Refuse to load a teacher."""
     load = models.load
 
-    def refuse(name: str, where: str) -> models.Loaded:
+    def refuse(name: str, where: str, **options: Any) -> models.Loaded:
         assert not where.startswith("teacher")
-        return load(name, where)
+        return load(name, where, **options)
 
     patch.setattr(models, "load", refuse)
 
@@ -97,7 +97,7 @@ def test_a_run_from_a_cache_is_a_run_with_a_live_teacher(
         assert command(folder, capsys, "train", *options, f"name={name}").code == 0
     finally:
         gc.enable()
-    assert len(teachers) == 1  # to fill the cache, and not again
+    assert len(teachers) == 2  # to be probed, to fill the cache, and not again
     assert alive == [False]  # while the student learns
     one, other = metrics(folder, f"live-{name}"), metrics(folder, name)
     assert len(one) == len(other) == 4
@@ -241,7 +241,7 @@ def test_auto_follows_the_memory(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(memory, "machine_gib", lambda: gib)
+    monkeypatch.setattr("mlx_distill.memory.estimates.machine_gib", lambda: gib)
     name = f"auto-{source}"
     asked = [*CACHED, "teacher.source=auto", f"name={name}"]
     planned = command(folder, capsys, "plan", *asked)

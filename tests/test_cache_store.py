@@ -16,6 +16,7 @@ from tiny import rows_of, tiny_model
 from mlx_distill import files
 from mlx_distill.cache import CachedTeacher, Store, capture, described, fill, refuse_other, write_cache
 from mlx_distill.cache.shards import key_of, read_arrays
+from mlx_distill.cache.store import MANIFEST
 from mlx_distill.data.batch import Encoded, make_batch
 from mlx_distill.errors import DataError, Stopped
 from mlx_distill.teacher import LiveTeacher
@@ -282,7 +283,7 @@ def test_a_full_drive_leaves_what_was_whole(
     def full(descriptor: int) -> None:
         nonlocal calls
         calls += 1
-        if calls == 7:
+        if calls == 13:
             raise OSError(errno.ENOSPC, "No space left on device", "drive")
         flush(descriptor)
 
@@ -297,3 +298,21 @@ def test_a_full_drive_leaves_what_was_whole(
     write(tmp_path / "cache", live)
     assert content(tmp_path / "cache") == undisturbed
     shutil.rmtree(tmp_path / "cache")
+
+
+def test_a_field_that_may_be_null_may_be_missing(live: LiveTeacher, tmp_path: Path) -> None:
+    """As after damage to its name: the reader then finds the field, and null in it."""
+    made = described(vocabulary=V, top_k=8, precision="compact", **MADE_OF)
+    Store(tmp_path / "cache", made)
+    path = tmp_path / "cache" / MANIFEST
+    path.write_text(path.read_text().replace('"sampled"', '"sasampled"'))
+    assert Store(tmp_path / "cache", made).manifest["sampled"] is None
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"[" * 9999])
+def test_a_manifest_that_is_none_is_refused_in_a_line(content: bytes, tmp_path: Path) -> None:
+    made = described(vocabulary=V, top_k=8, precision="compact", **MADE_OF)
+    Store(tmp_path / "cache", made)
+    (tmp_path / "cache" / MANIFEST).write_bytes(content)
+    with pytest.raises(DataError, match="manifest.json cannot be read; remove the folder, or name another"):
+        Store(tmp_path / "cache", made)

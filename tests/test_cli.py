@@ -7,8 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 import workshop
 from workshop import command, contents, process
+
+from mlx_distill import cli, recipe, supervise
+from mlx_distill.bundled import copy_recipe
+from mlx_distill.cache.contents import refuse_others
+from mlx_distill.cli import around
+from mlx_distill.errors import RunFolderError
 
 FROM_SHAPE = ["student.shape=null"]  # with student.model=...
 
@@ -266,3 +273,89 @@ def test_recipes_are_listed_and_copied(tmp_path: Path, capsys: pytest.CaptureFix
     unknown = command(tmp_path, capsys, "recipes", "nosuch")
     assert unknown.code == 2
     assert "no bundled recipe `nosuch`; there are: " in unknown.err[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("quickstrat", "`quickstart`"),
+        ("quickstart.yml", "`quickstart`"),
+        ("qwen3-4b-to-2b", "`prune_and_distill/qwen3-4b-to-2b`"),
+        ("recipy.yaml", "`recipe.yaml`"),
+    ],
+)
+def test_a_recipe_of_nearly_this_name_is_told(
+    name: str, meant: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = command(folder, capsys, "plan", name)
+    assert (ended.code, ended.err) == (2, [f"error: {name}: no such recipe; did you mean {meant}?"])
+    if name != "recipy.yaml":  # which is no bundled one
+        ended = command(folder, capsys, "recipes", name)
+        assert ended.err == [f"error: no bundled recipe `{name}`; did you mean {meant}?"]
+
+
+def test_a_recipe_cannot_be_copied_to_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match=r"quickstart.yaml: cannot be written \(Not a directory\)"):
+        copy_recipe("quickstart", tmp_path / "file")
+
+
+def test_a_report_is_asked_for_by_the_name_of_a_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("done", "runs/done"):
+        ended = command(folder, capsys, "report", name)
+        assert (ended.code, len(ended.err)) == (2, 1)
+        assert ended.err[0].startswith("error: runs/done/evaluation.json: no such file; write it with")
+    ended = command(folder, capsys, "report", "nosuch")
+    assert ended.code == 2 and ended.err[0].startswith("error: nosuch: no such file or folder")
+
+
+@pytest.mark.parametrize("stage", ["run", "train", "evaluate", "compress"])
+def test_mlx_has_a_folder_to_compile_in(
+    stage: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its C++ says so in a traceback, behind what was loaded and begun."""
+    before = contents(folder)
+    for place in ("nosuch", "good.jsonl", ""):
+        monkeypatch.setenv("TMPDIR", place)
+        ended = command(folder, capsys, stage, "recipe.yaml")
+        assert (ended.code, len(ended.err)) == (2, 1)
+        assert ended.err[0].startswith(f"error: TMPDIR={place}: no folder that can be written")
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("arguments", [["recipes", "quickstart"], ["run", "quickstart"], ["watch", "x"]])
+def test_a_folder_that_is_gone(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    monkeypatch.setattr(sys, "argv", ["mlx-distill", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: the folder that you are in is there no more; go to another\n"
+
+
+def test_a_cache_in_the_home_of_nobody_is_no_fault(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """`~nosuch` stays as it is, as in every other path; pathlib's `expanduser` would raise."""
+    cache = ["teacher.source=cache", "teacher.top_k=8", "teacher.cache=~nosuch/x"]
+    seen = []
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(supervise, "supervise", lambda *given: seen.append(given) or 7)
+    with pytest.raises(typer.Exit):
+        around.supervised(["recipe.yaml", *cache], supervise=True, caffeinate=False)
+    [(_, _, _, stores)] = seen
+    assert stores == [Path("~nosuch/x")]
+    refuse_others(recipe.load("recipe.yaml", cache), {"teacher": {}})
+
+
+def test_each_command_is_told_in_a_whole_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is cut off at 80 columns, and the commands stand in the order in which they are needed."""
+    monkeypatch.setenv("COLUMNS", "80")
+    listed = command(folder, capsys, "--help").out.split("Commands:\n")[1].splitlines()
+    assert [line.split()[0] for line in listed] == list(cli.COMMANDS)
+    assert all(line.endswith(".") and not line.endswith("...") for line in listed)

@@ -10,6 +10,7 @@ import pytest
 from mlx.utils import tree_flatten
 from tiny import largest_gap, rows_of, tiny_model, tiny_recipe
 
+from mlx_distill.counters import Counters
 from mlx_distill.data.batch import Batches, make_batch
 from mlx_distill.evaluate.fidelity import fidelity
 from mlx_distill.models import Loaded
@@ -19,7 +20,6 @@ from mlx_distill.prune.sparse import masks_of, sparsity_of
 from mlx_distill.quantize import fake, learned
 from mlx_distill.quantize.levels import Level, levels
 from mlx_distill.quantize.rounding import quantized
-from mlx_distill.run import Counters
 from mlx_distill.student import checkpoint_layers
 from mlx_distill.teacher import LiveTeacher
 from mlx_distill.train import make_objective, make_step, train

@@ -22,7 +22,7 @@ from mlx_distill.prune.sparse import sparsity_of
 from mlx_distill.quantize import learned
 from mlx_distill.quantize.levels import Level, levels
 from mlx_distill.quantize.rounding import quantized
-from mlx_distill.run import StageLog
+from mlx_distill.stage_log import StageLog
 
 METHODS = pytest.mark.parametrize("method", ["dwq", "qad"])
 
@@ -217,9 +217,9 @@ def test_a_cache_that_was_removed_is_filled_again(folder: Path) -> None:
 def test_a_sparse_student_stays_sparse(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, seen = learned.train, list[Any]()
 
-    def train(student: Any, *rest: Any, masks: Any) -> Any:
+    def train(student: Any, *rest: Any, masks: Any, **more: Any) -> Any:
         seen.append((dict(tree_flatten(student.trainable_parameters())), masks))
-        return plain(student, *rest, masks=masks)
+        return plain(student, *rest, masks=masks, **more)
 
     monkeypatch.setattr(learned, "train", train)
     prune = "student={prune: {sparsity: {share: 0.5, by: magnitude}}}"

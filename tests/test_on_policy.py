@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from test_train import SilentLog
 from tiny import largest_gap, rows_of, tiny_model, tiny_recipe
 
 from mlx_distill.console import Console
+from mlx_distill.counters import Counters
 from mlx_distill.data.batch import Batches, Encoded, make_batch
 from mlx_distill.generate import Answer
 from mlx_distill.interrupt import Interrupted
@@ -23,7 +25,8 @@ from mlx_distill.on_policy import OwnRows
 from mlx_distill.optimizer import make_optimizer
 from mlx_distill.options import OnPolicy
 from mlx_distill.recipe import Recipe
-from mlx_distill.run import Counters, Run, StageLog
+from mlx_distill.run import Run
+from mlx_distill.stage_log import StageLog
 from mlx_distill.student import add_adapters
 from mlx_distill.teacher import LiveTeacher
 from mlx_distill.train import make_objective, make_step, train
@@ -200,6 +203,15 @@ def test_the_adaptive_share_follows_the_validation_loss() -> None:
     assert rose == [False, False, False, True, False, True, True, False, False]
     constant = own_rows(share=0.5)
     assert not constant.needs_loss and not constant.validated(9.0) and constant.share == 0.5
+
+
+def test_a_validation_loss_that_is_not_finite_is_worse_and_not_kept() -> None:
+    """A checkpoint keeps the state as JSON, which has no such number."""
+    own = own_rows(schedule="adaptive", share=0.25)
+    assert not own.validated(math.nan) and own.needs_loss
+    assert [own.validated(loss) for loss in (2.0, math.inf, math.nan)] == [False, True, True]
+    assert own.loss == 2.0
+    json.dumps(own.state(), allow_nan=False)
 
 
 def test_losses_on_labels_do_not_act_on_own_rows() -> None:

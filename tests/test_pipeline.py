@@ -239,6 +239,7 @@ def test_a_full_drive_can_be_gone_on_from(
 
     monkeypatch.setattr(pipeline, "quantize_student", full)
     quantize = ["quantize", "recipe.yaml", "name=full", "train.steps=1", "quantize.group_size=32"]
+    quantize += ["--confirm-run-unsafe-code"]  # without it the command might be refused
     ended = command(folder, capsys, *quantize)
     assert (ended.code, len(ended.err)) == (75, 2)
     assert ended.err[0] == f"go on with: mlx-distill {' '.join(quantize)}"

@@ -19,6 +19,7 @@ from mlx_distill import models
 from mlx_distill.data.batch import Encoded
 from mlx_distill.errors import ModelError, RecipeError
 from mlx_distill.evaluate.model import TestSet, measure
+from mlx_distill.interrupt import Interrupts
 from mlx_distill.models import Loaded
 from mlx_distill.options import Evaluate, Grid, Quantize, Shape
 from mlx_distill.progress import silent
@@ -445,7 +446,7 @@ class Kept:
     def __init__(self, folder: Path, loaded: Loaded, **quantize: Any):
         shape = {**WIDE, "num_attention_heads": 2}
         self.recipe = tiny_recipe(student={"shape": shape}, quantize={"group_size": 32, **quantize})
-        self.run, self.saved = self, dict[str, Loaded]()
+        self.run, self.saved, self.interrupts = self, dict[str, Loaded](), Interrupts()
         vocabulary = len(loaded.tokenizer)
         self.progress, self.prepared = silent, SimpleNamespace(vocabulary=vocabulary, prompts=[], valid=[])
         self.folder, self.said = folder, list[str]()

@@ -1,6 +1,8 @@
 """The run folder: made, gone on with, replaced or refused; stages done once; checkpoints to rely on."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ from tiny import tiny_model, tiny_recipe
 
 from mlx_distill import checkpoint
 from mlx_distill.console import Console
+from mlx_distill.counters import Counters
 from mlx_distill.errors import RunFolderError
 from mlx_distill.optimizer import make_optimizer
 from mlx_distill.recipe import Recipe, load
-from mlx_distill.run import Counters, Run, StageLog
+from mlx_distill.run import Run
 from mlx_distill.run_folder import open_run
+from mlx_distill.stage_log import StageLog
 
 
 class Silence:
@@ -140,6 +144,54 @@ def test_a_stage_that_fails_is_not_finished(tmp_path: Path) -> None:
     assert run.stages() == {}
 
 
+def test_what_cannot_be_written_in_a_stage_is_told_in_a_line(tmp_path: Path) -> None:
+    """As in a folder whose permissions have changed since the run began."""
+    run = opened(tiny_recipe(), tmp_path)
+
+    def refused(path: Path) -> dict[str, Any]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    within = run.folder / "checkpoints" / ".step-000002.part"
+    with pytest.raises(
+        RunFolderError, match=r"step-000002\.part: cannot be written .*, and go on with --resume"
+    ):
+        run.stage("train", lambda: refused(within))
+    with pytest.raises(PermissionError):  # data of the user's, of which others say more
+        run.stage("train", lambda: refused(tmp_path / "rows.jsonl"))
+
+
+def test_a_fingerprint_that_cannot_be_read_is_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    opened(tiny_recipe(), tmp_path)
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.raises(RunFolderError, match=r"fingerprint: cannot be read \(Permission denied\)"):
+        opened(tiny_recipe(), tmp_path, resume=True)
+
+
+def test_a_folder_that_cannot_be_read_is_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(tiny_recipe(), tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, how: not how & os.R_OK)
+    monkeypatch.setattr(Path, "iterdir", lambda _: pytest.fail("it was read"))
+    with pytest.raises(RunFolderError, match=r"tiny cannot be written; check its permissions"):
+        opened(tiny_recipe(), tmp_path, resume=True)
+
+
+def test_a_part_of_a_run_that_cannot_be_written_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = opened(tiny_recipe(), tmp_path)
+    (run.folder / "checkpoints").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, how: path.name != "checkpoints")
+    with pytest.raises(RunFolderError, match=r"tiny/checkpoints cannot be written; check its permissions"):
+        opened(tiny_recipe(), tmp_path, resume=True)
+
+
 def test_a_stage_with_other_options_is_done_again_with_what_follows(tmp_path: Path) -> None:
     run = opened(tiny_recipe(), tmp_path)
     for name, options in {"train": None, "quantize": {"bits": 4}, "evaluate": None}.items():
@@ -155,23 +207,6 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     rows = [{"prompt": "a\u2028b\x85c\nd", "answer": None, "tokens": [1, 2]}, {"prompt": "ünïcode 🙂"}]
     run.write_rows("generated", rows)
     assert run.read_rows("generated") == rows
-
-
-def test_metrics_of_steps_that_are_taken_again_are_dropped(tmp_path: Path, console: Console) -> None:
-    run = Run(tmp_path, console)
-    lines = [
-        {"step": step, "stage": stage, "loss": 1.0} for step in (1, 2, 3) for stage in ("student", "baseline")
-    ]
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "sta')
-    model, log = tiny_model().model, StageLog(run, "student")
-    optimizer = make_optimizer(tiny_recipe().train)
-    optimizer.init(model.trainable_parameters())
-    log.save(model, optimizer, Counters(step=2))
-    assert log.restore(model, optimizer).step == 2
-    kept = [(line["stage"], line["step"]) for line in map(json.loads, path.read_text().splitlines())]
-    # The other stage's lines, and those up to the checkpoint; the line that a kill cut off is gone.
-    assert kept == [("student", 1), ("baseline", 1), ("student", 2), ("baseline", 2), ("baseline", 3)]
 
 
 def damage_by_truncation(file: Path) -> None:
@@ -213,7 +248,7 @@ def test_a_manifest_answers_for_itself(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "step-000002", model, optimizer, {"step": 2, "tokens": 40})
     manifest = tmp_path / "step-000002" / checkpoint.MANIFEST
     manifest.write_text(manifest.read_text().replace('"tokens": 40', '"tokens": 41'))
-    assert not checkpoint.is_complete(tmp_path / "step-000002")
+    assert checkpoint.damage(tmp_path / "step-000002") == "manifest.json is not as it was written"
 
 
 def test_the_newest_two_checkpoints_of_a_stage_are_kept(tmp_path: Path, console: Console) -> None:

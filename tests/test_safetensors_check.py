@@ -125,7 +125,9 @@ def test_other_formats_are_named(tmp_path: Path) -> None:
         ("config.json", {"model_type": "mine", "auto_map": {"AutoModel": "x.Y"}}, "'mine' runs Python code"),
         ("config.json", {"model_type": 3}, "no `model_type`"),
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["x.Y", None]}}, "tokenizer is Python code"),
+        ("tokenizer_config.json", {"auto_map": ["x.Y", None]}, "tokenizer is Python code"),
         ("tokenizer_config.json", [], "a JSON object is expected"),
+        ("config.json", {"model_type": "llama", "x": "\ud800"}, "half a surrogate pair"),
     ],
 )
 def test_code_in_a_model_is_refused(file: str, content: Any, message: str, tmp_path: Path) -> None:
@@ -142,6 +144,46 @@ def test_an_architecture_of_mlx_lm_needs_no_code_of_the_model(tmp_path: Path) ->
     assert read_config(tmp_path) == config
 
 
+@pytest.mark.parametrize(
+    ("model_type", "known"),
+    [("kimi_k2", True), ("phi-msft", True), ("../utils", False), ("a\0", False), ("x" * 5000, False)],
+)
+def test_a_type_that_mlx_lm_runs_as_another_is_its_own_too(
+    model_type: str, known: bool, tmp_path: Path
+) -> None:
+    """Kimi K2 comes with `auto_map`, and mlx-lm has no kimi_k2.py: it runs it as deepseek_v3."""
+    config = {"model_type": model_type, "auto_map": {"AutoConfig": "x.Y"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if known:
+        assert read_config(tmp_path) == config
+    else:
+        with pytest.raises(ModelError, match="runs Python code; mlx-lm has none for it"):
+            read_config(tmp_path)
+
+
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="no such folder"):
         read_config(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"hidden_size": 0}, "`hidden_size` is a whole number from 1 to 2147483647; got '0'"),
+        ({"vocab_size": True}, "`vocab_size` is a whole number"),
+        ({"num_experts": -1}, "`num_experts` is a whole number from 0"),
+        ({"intermediate_size": [64, "x"]}, "`intermediate_size` is a whole number"),
+        ({"text_config": {"head_dim": 1.5}}, r"`text_config\.head_dim` is a whole number"),
+        ({"text_config": "x"}, "`text_config` is an object"),
+    ],
+)
+def test_sizes_that_no_model_has(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **keys}))
+    with pytest.raises(ModelError, match=message):
+        read_config(tmp_path)
+
+
+def test_sizes_that_some_models_have(tmp_path: Path) -> None:
+    config = {"model_type": "x", "head_dim": None, "num_experts": 0, "intermediate_size": [64, 0]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_config(tmp_path) == config

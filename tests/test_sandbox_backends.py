@@ -73,7 +73,7 @@ def test_a_run_stops_before_anything_long(monkeypatch: pytest.MonkeyPatch, run_f
             return "limits"
         raise SandboxError("sandbox: none")
 
-    def prepare(*_: object) -> None:
+    def prepare(*_: object, **__: object) -> None:
         raise DataError("prepared")
 
     monkeypatch.setattr(sandbox, "require", refuse)

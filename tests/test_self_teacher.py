@@ -18,8 +18,9 @@ from mlx_distill.data.batch import Batches
 from mlx_distill.interrupt import Interrupted
 from mlx_distill.models import Loaded
 from mlx_distill.recipe import Recipe
-from mlx_distill.run import Run, StageLog
+from mlx_distill.run import Run
 from mlx_distill.self_teacher import Average, twin, without_adapters
+from mlx_distill.stage_log import StageLog
 from mlx_distill.student import add_adapters
 from mlx_distill.teacher import LiveTeacher
 from mlx_distill.train import train
@@ -159,7 +160,7 @@ class Quiet:
         return range(first, last + 1)
 
     def restore(self, *_: Any) -> Any:
-        from mlx_distill.run import Counters
+        from mlx_distill.counters import Counters
 
         return Counters()
 
@@ -284,6 +285,6 @@ def test_averages_are_part_of_what_a_checkpoint_answers_for(tmp_path: Path) -> N
     optimizer.init(model.trainable_parameters())
     folder = tmp_path / "step-000002"
     checkpoint.save(folder, model, optimizer, {"step": 2}, Average(model, 0.5))
-    assert checkpoint.is_complete(folder)
+    assert checkpoint.damage(folder) is None
     (folder / "average-0.safetensors").write_bytes(b"other")
-    assert not checkpoint.is_complete(folder)
+    assert checkpoint.damage(folder) is not None

@@ -323,7 +323,7 @@ def test_a_row_that_reads_differently_is_named(folder: Path, capsys: pytest.Capt
     more = ["name=lower", "data.train=letters.jsonl", "student={model: student}"]
     ended = command(folder, capsys, "train", *ACROSS, *more, "teacher.model=lower")
     assert (ended.code, len(ended.err)) == (2, 1)
-    assert "`objective.cross_tokenizer`: row 2 of those to learn from reads differently" in ended.err[0]
+    assert "`objective.cross_tokenizer`: letters.jsonl:2 reads differently" in ended.err[0]
     assert "ours goes on with b'True', theirs with b'true'" in ended.err[0]
 
 

@@ -29,8 +29,9 @@ from mlx_distill.prune.sparse import (
     sparsify,
     sparsity_of,
 )
-from mlx_distill.run import Run, StageLog
+from mlx_distill.run import Run
 from mlx_distill.self_teacher import Average
+from mlx_distill.stage_log import StageLog
 from mlx_distill.teacher import LiveTeacher
 from mlx_distill.train import make_objective, make_step, train
 
@@ -290,9 +291,9 @@ def test_the_norm_that_clips_is_that_of_the_weights_that_move() -> None:
     moves.init(loaded.model.trainable_parameters())
     step = make_step(make_objective(loaded.model, [teacher], recipe, V), moves, recipe, masks)
     batch = make_batch(ROWS)
-    sums, _ = step.gradients(batch, [teacher.targets(batch)], {})
+    sums, parts = step.gradients(batch, [teacher.targets(batch)], {})
     gradients = {path: np.array(value, np.float64) for path, value in tree_flatten(sums)}
-    size = step.update(sums, mx.array(7.0))
+    size, _ = step.update(sums, mx.array(7.0), parts)
     moving = {path: g * np.array(masks[path]) if path in masks else g for path, g in gradients.items()}
     assert float(size) == pytest.approx(np.sqrt(sum((g**2).sum() for g in moving.values())) / 7, rel=1e-4)
     whole = np.sqrt(sum((g**2).sum() for g in gradients.values())) / 7

@@ -217,8 +217,11 @@ def test_a_prompt_beyond_the_context_is_refused(folder: Path) -> None:
     speaker.context = length
     with pytest.raises(DataError, match=f"{length} tokens, and .* reads fewer than {length}"):
         speaker.encode(Row(prompt="zebras", origin="here"))
-    with pytest.raises(DataError, match="here: .*plain reads no token in it"):
+    with pytest.raises(DataError, match="here: the tokenizer makes nothing of `prompt`"):
         speaker.encode(Row(prompt="", origin="here"))
+    raw = Speaker(str(folder / "plain"), Speech(raw=True))
+    with pytest.raises(DataError, match="here: .*plain reads no token in it"):
+        raw.encode(Row(prompt="", origin="here"))
     speaker.context = 128
     with pytest.raises(DataError, match=r"here: \d+ tokens, and \S+plain reads fewer than 128; shorten it"):
         speaker.encode(Row(prompt="zebras " * 100, origin="here"))

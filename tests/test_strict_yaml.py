@@ -89,3 +89,27 @@ def test_a_merged_mapping_may_be_overruled() -> None:
 
 def test_a_byte_order_mark_is_passed_over() -> None:
     assert parse_yaml("\ufeffa: 1", "r.yaml") == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(40)),
+        "a0: &a0 {k: x}\n" + "".join(f"a{i + 1}: &a{i + 1} {{<<: [*a{i}, *a{i}]}}\n" for i in range(40)),
+        "a: &a [" + "x, " * 2000 + "x]\nb: [" + "*a, " * 600 + "*a]",
+    ],
+    ids=["lists", "merged", "flat"],
+)
+def test_a_few_lines_do_not_become_millions_of_values(text: str) -> None:
+    """PyYAML shares what an alias names; who walks the tree, as a message about it does, would not."""
+    with pytest.raises(RecipeError, match="r.yaml: its aliases make more than 200000 values of it"):
+        parse_yaml(text, "r.yaml")
+
+
+def test_aliases_in_reason_are_fine() -> None:
+    assert parse_yaml("a: &a {b: 1}\nc: {<<: *a, d: *a}", "r.yaml")["c"] == {"b": 1, "d": {"b": 1}}
+
+
+def test_a_file_that_is_no_recipe_is_not_read_to_its_end() -> None:
+    with pytest.raises(RecipeError, match="a recipe has 200000 at most"):
+        parse_yaml("a: 1\n" * 300_000, "r.yaml")

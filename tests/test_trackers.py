@@ -18,11 +18,13 @@ from workshop import REPOSITORY, command
 
 from mlx_distill import trackers
 from mlx_distill.console import Console
+from mlx_distill.counters import Counters
 from mlx_distill.errors import MissingExtra
 from mlx_distill.interrupt import Interrupted
 from mlx_distill.optimizer import make_optimizer
 from mlx_distill.recipe import Recipe
-from mlx_distill.run import Counters, Run, StageLog
+from mlx_distill.run import Run
+from mlx_distill.stage_log import StageLog
 from mlx_distill.tracker_packages import TensorBoard, Wandb
 from mlx_distill.trackers import Trackers, check_trackers
 

@@ -15,9 +15,10 @@ from mlx_distill.data.batch import Batches, make_batch
 from mlx_distill.errors import Diverged
 from mlx_distill.interrupt import Interrupted
 from mlx_distill.optimizer import clip, learning_rate, make_optimizer, norm
-from mlx_distill.run import Run, StageLog
+from mlx_distill.run import Run
+from mlx_distill.stage_log import StageLog
 from mlx_distill.student import add_adapters, checkpoint_layers
-from mlx_distill.teacher import LiveTeacher
+from mlx_distill.teacher import LiveTeacher, NoTeacher
 from mlx_distill.train import make_objective, make_step, train
 
 V = 50
@@ -126,7 +127,7 @@ class SilentLog:
         return range(first, last + 1)
 
     def restore(self, student, optimizer):
-        from mlx_distill.run import Counters
+        from mlx_distill.counters import Counters
 
         return Counters()
 
@@ -137,6 +138,9 @@ class SilentLog:
         pass
 
     def say(self, line):
+        pass
+
+    def event(self, step, values, rows):
         pass
 
 
@@ -213,6 +217,42 @@ def test_gradient_checkpointing_changes_no_number_and_no_class():
     assert type(plain.model.layers[0]) is layer_class
     assert isinstance(saving.model.layers[0], layer_class)
     assert saving.model.layers[0].__class__ is not layer_class
+
+
+def test_gradient_checkpointing_keeps_one_layer_at_a_time():
+    """What MLX's counter says of a step through 16 layers."""
+
+    def peak(checkpoint) -> int:
+        student, recipe = tiny_model(V, num_hidden_layers=16).model, tiny_recipe(train={"compile": False})
+        checkpoint(student)
+        objective = make_objective(student, [], tiny_recipe(objective={"cross_entropy": {}}), V)
+        optimizer = make_optimizer(recipe.train)
+        optimizer.init(student.trainable_parameters())
+        functions, batch = make_step(objective, optimizer, recipe), make_batch(rows_of([120] * 32))
+        mx.eval(student.state, optimizer.state, batch[:4])
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        gradients, parts = functions.gradients(batch, [NoTeacher().targets(batch)], {})
+        functions.update(gradients, batch.weights.sum(), parts)
+        mx.eval(student.state, optimizer.state)
+        return mx.get_peak_memory() - before
+
+    def as_mlx_does(student) -> None:
+        for layer in student.layers:
+            plain = type(layer)
+
+            def call(self, *args, plain=plain, **kwargs):
+                def run(parameters, *args, **kwargs):
+                    self.update(parameters)
+                    return plain.__call__(self, *args, **kwargs)
+
+                return mx.checkpoint(run)(self.trainable_parameters(), *args, **kwargs)
+
+            layer.__class__ = type("Early", (plain,), {"__call__": call})
+
+    whole = peak(lambda student: None)
+    assert peak(checkpoint_layers) < 0.4 * whole
+    assert peak(as_mlx_does) > 0.6 * whole  # the usual way
 
 
 def test_divergence_stops_the_run_with_what_to_change():

@@ -217,6 +217,26 @@ def test_quantize_model_changes_the_model_in_place_and_the_configuration_in_a_co
     assert "quantization" not in config
 
 
+# --- mlx-lm: models in parts ----------------------------------------------------------------------
+
+
+def test_models_divide_themselves():
+    """What `teacher.parallel` calls (models/divided.py)."""
+    from mlx_lm.models import llama, qwen2
+    from mlx_lm.models.pipeline import PipelineMixin
+
+    for function in (llama.Model.shard, PipelineMixin.pipeline):
+        assert "group" in inspect.signature(function).parameters
+    assert issubclass(qwen2.Qwen2Model, PipelineMixin) and not issubclass(llama.LlamaModel, PipelineMixin)
+
+
+def test_a_batch_generator_names_its_stream():
+    """Where a divided teacher waits for the step that was begun ahead (generate.py)."""
+    from mlx_lm.generate import BatchGenerator
+
+    assert isinstance(BatchGenerator.stream, property)
+
+
 # --- quantization -------------------------------------------------------------------------------
 
 
@@ -551,3 +571,35 @@ def test_mlx_lms_adapter_draws_greedily_whatever_a_task_asks():
 
     source = inspect.getsource(MLXLM.generate_until)
     assert "max_gen_toks" in source and not re.search(r"opt(\.get\(|\[)['\"](temperature|do_sample)", source)
+
+
+# --- transformers: templates and tokenizers of others ---------------------------------------------
+
+
+def test_chat_templates_are_rendered_in_an_immutable_sandbox():
+    """What keeps a template of a model from reading or writing anything; we rely on it and add nothing."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from transformers.utils import chat_template_utils
+
+    compiled = chat_template_utils._compile_jinja_template("{{ messages }}")
+    assert isinstance(compiled.environment, ImmutableSandboxedEnvironment)
+    assert set(compiled.environment.globals) == {
+        *ImmutableSandboxedEnvironment().globals,
+        *("raise_exception", "strftime_now", "dict", "namespace"),
+    }
+
+
+def test_a_sandboxed_template_may_still_take_long():
+    """What the sandbox does not bound, docs/safety.md says. `range` alone ends at 100,000."""
+    from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment
+
+    assert MAX_RANGE == 100_000
+    assert len(ImmutableSandboxedEnvironment().from_string("{{ 'x' * 10000000 }}").render()) == 10**7
+
+
+def test_mlx_lm_runs_no_code_of_a_model_unless_told():
+    """`models.load` calls these with their defaults, and tokenizers with `trust_remote_code` False."""
+    from mlx_lm.utils import load, load_model
+
+    for function in (load, load_model):
+        assert inspect.signature(function).parameters["trust_remote_code"].default is False

@@ -20,6 +20,7 @@ from tiny import tiny_recipe
 from workshop import REPOSITORY, command, process
 
 from mlx_distill.console import Console
+from mlx_distill.counters import Counters
 from mlx_distill.errors import DistillError, NotFound, RunFolderError
 from mlx_distill.files import write_text
 from mlx_distill.interrupt import Interrupted
@@ -28,7 +29,8 @@ from mlx_distill.look import Look, Tail, Watched, find_run
 from mlx_distill.progress_file import EVERY, ProgressFile, is_alive
 from mlx_distill.progress_file import process as this_process
 from mlx_distill.resident import memory_in_use
-from mlx_distill.run import Counters, Run, StageLog
+from mlx_distill.run import Run
+from mlx_distill.stage_log import StageLog
 from mlx_distill.watch import going_on, watch
 from mlx_distill.watch_view import ASCII, BLOCKS, Changes, curve, picture, printable
 from mlx_distill.watch_view import EVERY as TELL_EVERY
@@ -118,11 +120,11 @@ def finished(folder: Path) -> Path:
     return folder
 
 
-def drawn(look: Look, width: int = 100) -> str:
+def drawn(look: Look, width: int = 100, blocks: str = BLOCKS) -> str:
     from rich.console import Console as RichConsole
 
     stream = io.StringIO()
-    RichConsole(file=stream, width=width).print(picture(look))
+    RichConsole(file=stream, width=width).print(picture(look, blocks))
     return stream.getvalue()
 
 
@@ -380,8 +382,11 @@ def test_a_run_is_found_by_folder_and_by_name(tmp_path: Path, monkeypatch: pytes
             find_run(folder)
 
 
-def test_the_picture_of_a_run_that_works(tmp_path: Path) -> None:
-    text = drawn(Watched(working(tmp_path / "run")).look())
+def test_the_picture_of_a_run_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    monkeypatch.chdir(tmp_path)
+    text = drawn(Watched(working(Path("run"))).look())
     for part in (
         "run  working  memory 1.5 GiB",
         "✓  generate  00:01:02",
@@ -395,6 +400,11 @@ def test_the_picture_of_a_run_that_works(tmp_path: Path) -> None:
         "a warning",
     ):
         assert part in text, (part, text)
+
+
+def test_a_terminal_without_the_letters_gets_others(tmp_path: Path) -> None:
+    text = drawn(Watched(working(tmp_path / "run")).look(), blocks=ASCII)
+    assert "+  generate  00:01:02" in text and ">  train     00:01:01" in text and "-  then" in text
 
 
 def test_old_news_is_called_old(tmp_path: Path) -> None:

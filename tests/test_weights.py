@@ -9,6 +9,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 from tiny import largest_gap, rows_of, tiny_model, tiny_recipe
 
+from mlx_distill.counters import Counters
 from mlx_distill.data.alignment import Span, pack
 from mlx_distill.data.batch import (
     PLACES_TO,
@@ -23,7 +24,6 @@ from mlx_distill.interrupt import Interrupts
 from mlx_distill.matching import teacher_layers
 from mlx_distill.optimizer import make_optimizer
 from mlx_distill.recipe import Recipe
-from mlx_distill.run import Counters
 from mlx_distill.teacher import LiveTeacher
 from mlx_distill.train import make_objective, make_step, train
 

@@ -36,8 +36,8 @@ class Ids:
     def __init__(self, size: int):
         self.size = size
 
-    def __len__(self) -> int:
-        return self.size
+    def get_vocab(self) -> dict[str, int]:
+        return {str(token): token for token in range(self.size)}
 
 
 def tiny_model(vocabulary: int = 50, seed: int = 0, **shape: Any) -> Loaded:

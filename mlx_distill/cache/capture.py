@@ -5,7 +5,7 @@ finished is never touched again. So a capture that was killed goes on with the f
 leaves the same bytes as one that was not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ import numpy as np
 
 from mlx_distill.cache import sampled
 from mlx_distill.cache.records import pack, starts_of
-from mlx_distill.cache.shards import Arrays, key_of
+from mlx_distill.cache.shards import Arrays, from_bytes, key_of, to_bytes
 from mlx_distill.cache.store import Store, described
 from mlx_distill.cache.tokens import TokenCode
 from mlx_distill.data.batch import Encoded, in_order, make_batch
+from mlx_distill.distributed import ALONE, Ranks
+from mlx_distill.distributed.links import Message
 from mlx_distill.losses.outcomes import top_of
 from mlx_distill.progress import Advance, Progress, silent
 from mlx_distill.teacher import LiveTeacher
@@ -55,11 +57,15 @@ def fill(
     *,
     title: str = "cache",
     progress: Progress = silent,
+    ranks: Ranks = ALONE,
+    place: str = "teacher",
 ) -> int:
     """Add the rows that a cache lacks.
 
     Args:
         teacher: shows the hidden states that the manifest names.
+        ranks: read a shard each at a time; which rows make a shard does not depend on how many they are.
+        place: the teacher's, in the recipe.
 
     Returns:
         how many rows the teacher read.
@@ -70,13 +76,54 @@ def fill(
     with store.locked():
         missing = store.missing(rows)
         with progress(title, len(missing), "rows") as advance:
-            for shard in _shards(missing):
-                arrays = _read(teacher, shard, store.manifest, advance)
-                if store.code is None:
-                    store.number_tokens(TokenCode.of(arrays["indices"], teacher.vocabulary))
-                assert store.code is not None  # just made
-                store.add(*pack(arrays, shard, store.code, store.manifest["precision"]))
+            waiting = _shards(missing)
+            if waiting and store.code is None:  # the first shard numbers the tokens for all
+                first = waiting.pop(0)
+                arrays = _read(teacher, first, store.manifest, advance)
+                code = TokenCode.of(arrays["indices"], teacher.vocabulary)
+                store.number_tokens(code)
+                store.add(*pack(arrays, first, code, store.manifest["precision"]))
+            while waiting:
+                turn, waiting = waiting[: ranks.size], waiting[ranks.size :]
+                for packed, told in _read_by_all(teacher, turn, store, ranks, place, advance):
+                    store.add(packed, told)
     return len(missing)
+
+
+def _read_by_all(
+    teacher: LiveTeacher, turn: list[list[Encoded]], store: Store, ranks: Ranks, place: str, advance: Advance
+) -> Iterator[tuple[Arrays, dict[str, Any]]]:
+    """A shard of each rank, in order, packed."""
+    code, manifest = store.code, store.manifest
+    assert code is not None  # of the first shard
+
+    def here(_: Any) -> Message:
+        return Message(pack(_read(teacher, turn[0], manifest, advance), turn[0], code, manifest["precision"]))
+
+    orders = [{"place": place, "rows": [row[:2] for row in rows], "manifest": manifest} for rows in turn]
+    parts = [*orders, *[None] * (ranks.size - len(turn))]
+    mine, *others = ranks.share("capture", parts, here, to_bytes(code.pack()) if ranks.size > 1 else b"")
+    assert mine is not None
+    yield mine.value
+    for rows, reply in zip(turn[1:], others, strict=False):
+        assert reply is not None
+        advance(len(rows))
+        yield from_bytes(reply.data), reply.value
+
+
+def capture_part(
+    teacher: LiveTeacher, rows: Sequence[Sequence[Any]], manifest: dict[str, Any], code: bytes
+) -> Message:
+    """A shard that another rank reads: what its manifest says, and its arrays.
+
+    Args:
+        rows: tokens and start of each. code: the arrays of a `TokenCode`.
+    """
+    encoded = [Encoded(tokens, start) for tokens, start in rows]
+    arrays = _read(teacher, encoded, manifest, lambda amount=1, **columns: None)
+    numbered = TokenCode.unpack(from_bytes(code))
+    packed, told = pack(arrays, encoded, numbered, manifest["precision"])
+    return Message(told, to_bytes(packed))
 
 
 def _shards(rows: Sequence[Encoded]) -> list[list[Encoded]]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def refuse_others(recipe: Recipe, made_of: dict[str, dict[str, Any]]) -> None:
     for place, wanted in made_of.items():
         folder = recipe.teachers[place].cache
         if folder is not None:
-            refuse_other(Path(folder).expanduser(), wanted, place)
+            refuse_other(Path(os.path.expanduser(folder)), wanted, place)
 
 
 def _digest(value: Any) -> str:

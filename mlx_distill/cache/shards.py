@@ -5,7 +5,6 @@ SHA-256 and makes it count. Either is complete or absent, and the second is writ
 """
 
 import hashlib
-import json
 import mmap
 import struct
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 
 from mlx_distill.data.batch import Encoded
 from mlx_distill.files import write_bytes, write_json
+from mlx_distill.plain_json import parse_object
 
 KEY = 16  # bytes of a row's key
 Arrays = dict[str, np.ndarray]
@@ -35,17 +35,34 @@ def to_bytes(arrays: Arrays) -> bytes:
     return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
 
 
+def from_bytes(content: bytes) -> Arrays:
+    """The arrays that `to_bytes` wrote."""
+    from safetensors.numpy import load
+
+    return load(content)
+
+
 def read_arrays(path: Path) -> Arrays:
-    """The arrays of a safetensors file, mapped into memory and read where they are used."""
+    """The arrays of a safetensors file, mapped into memory and read where they are used.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is none that `to_bytes` made.
+    """
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if len(mapped) < 8:
+        raise ValueError(f"{path}: no header")
     [length] = struct.unpack("<Q", mapped[:8])
+    header = parse_object(mapped[8 : 8 + min(length, len(mapped))])
     arrays = {}
-    for name, told in json.loads(mapped[8 : 8 + length]).items():
-        if name != "__metadata__":
-            kind, count = np.dtype(_TYPES[told["dtype"]]), int(np.prod(told["shape"], dtype=np.int64))
-            begin = 8 + length + told["data_offsets"][0]
-            arrays[name] = np.frombuffer(mapped, kind, count, begin).reshape(told["shape"])
+    try:
+        for name, told in header.items():
+            if name != "__metadata__":
+                kind, count = np.dtype(_TYPES[told["dtype"]]), int(np.prod(told["shape"], dtype=np.int64))
+                begin = 8 + length + told["data_offsets"][0]
+                arrays[name] = np.frombuffer(mapped, kind, count, begin).reshape(told["shape"])
+    except (KeyError, IndexError, TypeError, OverflowError) as error:
+        raise ValueError(f"{path}: a damaged header ({type(error).__name__}: {error})") from None
     return arrays
 
 
@@ -70,10 +87,11 @@ class ShardFile:
     def manifest(self) -> dict[str, Any]:
         """What the file must be; {} where that cannot be read."""
         try:
-            found = json.loads(self.manifest_path.read_bytes())
+            found = parse_object(self.manifest_path.read_bytes())
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        numbers = [found.get(key, 0) for key in ("bytes", "places", "kl_mean", "kl_max")]
+        return found if all(type(number) in (int, float) for number in numbers) else {}
 
     def damage(self, *, contents: bool) -> str | None:
         """What is wrong with the file, or None.

@@ -1,10 +1,12 @@
 """The stage of a run that fills the caches of its teachers."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 from mlx_distill.cache.capture import fill
 from mlx_distill.cache.store import Store
+from mlx_distill.distributed import ALONE
 from mlx_distill.lessons import lessons
 from mlx_distill.losses.menu import MENU
 from mlx_distill.teacher import Layers
@@ -40,13 +42,18 @@ def filled_caches(work: Work) -> dict[str, tuple[Store, int]]:
         if store.missing(rows):
             live = work.live_teacher(place, Layers(made_of["hidden"]))
             assert live is not None
-            read = fill(store, live, rows, title=f"{place}: cache", progress=work.run.progress)
+            title, progress = f"{place}: cache", work.run.progress
+            ranks = ALONE if work.is_divided(place) else work.ranks  # all read each shard together
+            read = fill(store, live, rows, title=title, progress=progress, ranks=ranks, place=place)
             del live
             work.unload(place)
+            work.ranks.share("unload", [None, *[place] * (work.ranks.size - 1)])
         filled[place] = store, read
     return filled
 
 
 def cache_folder(work: Work, place: str) -> Path:
     shared = work.recipe.teachers[place].cache
-    return work.run.folder / "cache" / place if shared is None else Path(shared).expanduser()
+    if shared is None or work.ranks.rank:  # rank 0's, wherever it is, is found in the folder of this one
+        return work.run.folder / "cache" / place
+    return Path(os.path.expanduser(shared))

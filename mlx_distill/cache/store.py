@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -22,7 +23,9 @@ from mlx_distill.cache.shards import Arrays, ShardFile, key_of, numbers_in, read
 from mlx_distill.cache.tokens import TokenCode
 from mlx_distill.data.batch import Encoded
 from mlx_distill.errors import DataError, Stopped
-from mlx_distill.files import write_bytes, write_json
+from mlx_distill.files import make_folder, write_bytes, write_json
+from mlx_distill.odd_files import odd_in
+from mlx_distill.plain_json import parse_object
 
 FORMAT = 1
 OPEN = 64  # shards mapped at once: each takes a file descriptor, of which macOS gives 256
@@ -83,17 +86,19 @@ def refuse_other(folder: Path, wanted: dict[str, Any], place: str = "teacher") -
     Raises:
         DataError: the first field that differs, both values, and what to do.
     """
-    if not folder.exists():
+    if not os.path.exists(folder):  # unlike Path's, false for a name that no file system takes
         return
     key = f"`{place}.cache`"
+    if found := odd_in(folder):
+        raise DataError(f"{key}: {found}, which no cache holds; remove it")
     path = folder / MANIFEST
     if not path.exists():
         if not folder.is_dir() or set(os.listdir(folder)) - {f".{MANIFEST}.part"}:
             raise DataError(f"{key}: {folder} is no cache and not empty; name another folder")
         return
     try:
-        found = json.loads(path.read_bytes())
-    except ValueError:
+        found = parse_object(path.read_bytes())
+    except (OSError, ValueError):
         raise DataError(f"{key}: {path} cannot be read; remove the folder, or name another") from None
     for field in wanted:
         if found.get(field) != wanted[field]:
@@ -124,9 +129,10 @@ class Store:
         refuse_other(folder, manifest, place)
         self.folder = folder
         if not (folder / MANIFEST).exists():
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             write_json(folder / MANIFEST, manifest)
-        self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
+        # A field that is not there counts as null, which both may be.
+        self.manifest = {**parse_object((folder / MANIFEST).read_bytes()), **manifest}
         self.arrays = lru_cache(OPEN)(self._arrays)
         self.code: TokenCode | None = None
         self.code_digest = ""
@@ -143,9 +149,13 @@ class Store:
             self.code_digest = hashlib.sha256(path.read_bytes()).hexdigest()
         for number in self.numbers():
             if self.damage(number, contents=False) is None:
-                if self.code is None:
-                    self.code = TokenCode.unpack(read_arrays(path))
-                for row, key in enumerate(self.arrays(number)["keys"]):
+                try:
+                    code = self.code or TokenCode.unpack(read_arrays(path))
+                    keys = self.arrays(number)["keys"]
+                except (OSError, ValueError, KeyError, zlib.error):
+                    continue  # its digest will tell the same, to who asks for it
+                self.code = code
+                for row, key in enumerate(keys):
                     self.places[key.tobytes()] = (number, row)
 
     def numbers(self) -> list[int]:

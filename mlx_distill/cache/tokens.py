@@ -53,8 +53,13 @@ class TokenCode:
         frequency = (1 - UNIFORM) * in_class / len(others) + UNIFORM * members / vocabulary
         order = np.argsort(-classes.astype(np.int16), kind="stable")
         numbered = cls(classes, _runs(frequency[classes[order]]))
-        plain = cls(np.zeros_like(classes), _runs(np.full(vocabulary, members / vocabulary)))
+        plain = cls.plain(vocabulary, members)
         return min(plain, numbered, key=lambda code: code._bytes(indices))
+
+    @classmethod
+    def plain(cls, vocabulary: int, members: int) -> "TokenCode":
+        """The code of sets of so many, of tokens that are all equally frequent."""
+        return cls(np.zeros(vocabulary, dtype=np.uint8), _runs(np.full(vocabulary, members / vocabulary)))
 
     def _bytes(self, indices: np.ndarray) -> int:
         """What these sets take, and the code itself."""

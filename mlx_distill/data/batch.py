@@ -96,11 +96,15 @@ class Batches:
         self.per_epoch = len(self._plan(0))
 
     def __getitem__(self, index: int) -> Batch:
+        width, indices = self.plan(index)
+        return make_batch([self.rows[i] for i in indices], pad_to=width)._replace(rows=tuple(indices))
+
+    def plan(self, index: int) -> tuple[int, list[int]]:
+        """Width and indices into `rows` of a batch."""
         epoch, place = divmod(index, self.per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._plan(epoch)
-        width, indices = self._order[place]
-        return make_batch([self.rows[i] for i in indices], pad_to=width)._replace(rows=tuple(indices))
+        return self._order[place]
 
     def _plan(self, epoch: int) -> list[tuple[int, list[int]]]:
         """Width and indices into `rows` of each batch of an epoch."""

@@ -14,11 +14,13 @@ number and the reason.
 import codecs
 import difflib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import DataError, NotFound
+from mlx_distill.odd_files import odd
 
 FORMS = ("messages", "prompt", "text")  # the key that makes a form
 TASKS = ("code", "summary", "exact", "choice")
@@ -68,6 +70,8 @@ def read_jsonl(path: str | Path, at_most: int | None = None) -> list[Row]:
     """
     path = Path(path)
     rows: list[Row] = []
+    if what := odd(path):
+        raise DataError(f"{path}: {what}, and no file; it is read more than once, so save it in a file")
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -139,7 +143,7 @@ def parse_row(fields: Any, origin: str) -> Row:
 def no_such_path(path: Path) -> NotFound:
     """The error for a file or folder that is not there, with the nearest name that is."""
     folder = path.parent
-    while not folder.exists():
+    while not os.path.exists(folder):  # unlike Path's, false for a name that no file system takes
         path, folder = folder, folder.parent  # name the first part of the path that is missing
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)

@@ -9,7 +9,10 @@ from typing import Any
 
 from mlx_distill.data.batch import Encoded
 from mlx_distill.data.rows import Row
-from mlx_distill.errors import DataError
+from mlx_distill.errors import DataError, DistillError, ModelError
+from mlx_distill.time_limit import time_limit
+
+LONGEST = 5.0  # seconds for a chat template to write a chat; most take a thousandth of one
 
 
 def encode(row: Row, tokenizer: Any, *, count: str = "completion") -> Encoded:
@@ -25,8 +28,10 @@ def encode(row: Row, tokenizer: Any, *, count: str = "completion") -> Encoded:
         DataError: no answer in the row, or a chat that the template cannot write.
     """
     if row.text is not None:
-        tokens = opening(row.text, tokenizer)
-        return Encoded(_end_turn(tokens, tokenizer, row), 1)
+        tokens = _end_turn(opening(row.text, tokenizer), tokenizer, row)
+        if len(tokens) < 2:
+            raise DataError(f"{row.origin}: the tokenizer makes nothing of `text`")
+        return Encoded(tokens, 1)
     prompt = encode_prompt(row, tokenizer)
     if has_chat_template(tokenizer):
         messages = _chat(row)
@@ -74,12 +79,18 @@ def encode_prompt(row: Row, tokenizer: Any, *, thinking: bool | None = None) -> 
         if not messages:
             raise DataError(f"{row.origin}: the chat opens with an answer; put the question before it")
         text = _render(messages, row, tokenizer, add_generation_prompt=True, thinking=thinking)
-        return tokenizer.encode(text, add_special_tokens=False)  # the template wrote them
+        tokens = tokenizer.encode(text, add_special_tokens=False)  # the template wrote them
+        if not tokens:
+            raise DataError(f"{row.origin}: the chat template writes nothing for the messages")
+        return tokens
     if row.prompt is None:
         raise DataError(f"{row.origin}: `messages` need a chat template, and the tokenizer has none")
     if row.tools is not None:
         raise DataError(f"{row.origin}: `tools` need a chat template, and the tokenizer has none")
-    return opening(row.prompt, tokenizer)
+    tokens = opening(row.prompt, tokenizer)
+    if not tokens:
+        raise DataError(f"{row.origin}: the tokenizer makes nothing of `prompt`")
+    return tokens
 
 
 def decode_answer(tokens: list[int], tokenizer: Any) -> str:
@@ -116,6 +127,27 @@ def _chat(row: Row) -> list[dict[str, Any]]:
     return messages
 
 
+def render(messages: list[dict[str, Any]], tokenizer: Any, **how: Any) -> str:
+    """A chat as the tokenizer's template writes it. The template is another's program, in jinja2's sandbox.
+
+    Raises:
+        DataError: it refuses the messages, or writes what is no text.
+        ModelError: it does not come to an end.
+    """
+    try:
+        with time_limit(LONGEST):
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **how)
+        text.encode("utf-8")  # half a surrogate pair is no text for the tokenizer
+        return text
+    except DistillError:  # Ctrl-C
+        raise
+    except TimeoutError:
+        raise ModelError(f"the chat template takes longer than {LONGEST:g} s to write a chat") from None
+    except Exception as error:  # whatever Python can raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"the chat template refuses the messages ({reason})") from None
+
+
 def _render(
     messages: list[dict[str, Any]],
     row: Row,
@@ -124,17 +156,12 @@ def _render(
     add_generation_prompt: bool,
     thinking: bool | None = None,
 ) -> str:
-    from jinja2 import TemplateError
-
     tools = None if row.tools is None else list(row.tools)
     more: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
     try:
-        return tokenizer.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False, **more
-        )
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{row.origin}: the chat template refuses the messages ({reason})") from None
+        return render(messages, tokenizer, tools=tools, add_generation_prompt=add_generation_prompt, **more)
+    except (DataError, ModelError) as error:
+        raise type(error)(f"{row.origin}: {error}") from None
 
 
 def opening(text: str, tokenizer: Any) -> list[int]:

@@ -19,6 +19,8 @@ from mlx_distill.options import Endpoint, Generate, Reasoning
 # Why an answer ended, where the model ended it itself; `eos_token` and `eos` are some servers' own words.
 _ENDED = {"stop", "tool_calls", "function_call", "eos_token", "eos", "end_turn"}
 
+_MOST_TOKENS = 10**9  # that a server may say an answer has; more is no count
+
 
 class Said(NamedTuple):
     """An answer as a server gave it."""
@@ -111,7 +113,7 @@ def read(tree: Any, reasoning: Reasoning | None) -> Said:
         text.encode("utf-8", "replace").decode(),  # half a surrogate pair could not be written to a file
         reason in _ENDED,
         _mean_nll(choice.get("logprobs")),
-        tokens if isinstance(tokens, int) else None,
+        tokens if type(tokens) is int and 0 <= tokens <= _MOST_TOKENS else None,
     )
 
 

@@ -17,7 +17,7 @@ from mlx_distill.teacher import LiveTeacher
 
 TOP = 8  # likeliest tokens whose masses and overlap are compared
 BINS = 15  # of confidence, all equally wide, as in Guo et al. 2017
-LOGITS = 2**26  # numbers of one model's logits held at once: 0.25 GiB in float32, in a few copies
+LOGITS = 2**24  # numbers of one model's logits held at once: 64 MiB in float32, in up to 15 copies
 
 
 class RowFidelity(NamedTuple):

@@ -20,6 +20,7 @@ from mlx_distill.evaluate.parts import Parts
 from mlx_distill.evaluate.published import Published
 from mlx_distill.evaluate.speed import measure_speed, not_measured
 from mlx_distill.models import Loaded, parameter_count
+from mlx_distill.models.divided import together_of
 from mlx_distill.options import Evaluate, Reasoning
 from mlx_distill.progress import Progress, silent
 from mlx_distill.prune.sparse import sparsity_of
@@ -61,7 +62,7 @@ def measure(
     seed: int = 0,
     reasoning: Reasoning | None = None,
     unsafe: bool = False,
-    timed: bool = True,
+    untimed: str | None = None,
     sparse: bool = False,
     unlike: str | None = None,
     dissent: bool = False,
@@ -82,7 +83,7 @@ def measure(
         seed: of the answers that are drawn.
         reasoning: the marks around worked steps, which are no part of an answer.
         unsafe: run programs even where no sandbox can hold them.
-        timed: False for a model of the student's shape, whose speed would be measured twice.
+        untimed: why its speed is not measured.
         sparse: whether the share of weights that are zero is counted too.
         unlike: why the weights in `folder` are not those that are measured: their size is then that of the
             arrays in memory, and their speed, for which a folder is opened, is not known.
@@ -166,13 +167,14 @@ def measure(
         metrics |= once("harness", lambda: harness(loaded(), options, seed=seed, progress=progress))
     metrics |= once("weights", lambda: _weights(loaded(), folder, sparse, unlike))
     if "speed" in options.tasks:
-        if folder is None or not timed or unlike is not None:
-            metrics |= not_measured(unlike or "it has the shape, and so the speed, of the student")
+        if folder is None or untimed is not None or unlike is not None:
+            metrics |= not_measured(unlike or untimed or ALIKE)
         else:
             metrics |= once("speed", lambda: measure_speed(folder, probe or [], options.prompt_lengths))
     return Measured(metrics, answers, scores, differing)
 
 
+ALIKE = "it has the shape, and so the speed, of the student"  # it would be measured twice
 METRIC_OF: Mapping[str, str] = {task: scorer.metric for task, scorer in SCORERS.items()} | {
     "choice": "accuracy"
 }
@@ -180,9 +182,11 @@ METRIC_OF: Mapping[str, str] = {task: scorer.metric for task, scorer in SCORERS.
 
 def _weights(loaded: Loaded, folder: Path | None, sparse: bool, unlike: str | None) -> dict[str, Any]:
     """How many numbers the weights are, in how many bits, and what they take."""
-    metrics: dict[str, Any] = {"parameters": parameter_count(loaded.model)}
+    together = together_of(loaded.model)
+    model = loaded.model if together is None else together.whole
+    metrics: dict[str, Any] = {"parameters": parameter_count(model)}
     if "quantization" in loaded.config:
-        metrics["bits_per_weight"] = bits_per_weight(loaded.model)
+        metrics["bits_per_weight"] = bits_per_weight(model)
     if sparse:
         metrics["sparsity"] = sparsity_of(loaded.model)
     if unlike is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.files import write_json
+from mlx_distill.plain_json import parse_object
 
 
 class Parts:
@@ -27,8 +28,11 @@ class Parts:
         """
         path = None if self.folder is None else self.folder / f"{name.replace('/', '-')}.json"
         if path is not None and path.exists():
-            known = json.loads(path.read_text(encoding="utf-8"))
-            if known["key"] == self.key:
+            try:
+                known = parse_object(path.read_bytes())
+            except ValueError:  # damaged: it is measured again
+                known = {}
+            if known.get("key") == self.key and "found" in known:
                 return known["found"]
         found = json.loads(json.dumps(work()))
         if path is not None:

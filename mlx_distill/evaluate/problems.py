@@ -3,12 +3,15 @@
 import gzip
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_distill import hub
 from mlx_distill.data.rows import no_such_path
 from mlx_distill.errors import DataError, MissingExtra, NotFound
+
+LARGEST = 1_000_000_000  # bytes of a file once it is unpacked
 
 
 class Problem(NamedTuple):
@@ -54,10 +57,15 @@ def read_problems(source: str, where: str) -> list[Problem]:
 def _in_file(path: Path, name: str) -> list[Problem]:
     try:
         data = path.read_bytes()
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
+        if data[:2] == b"\x1f\x8b":
+            with gzip.open(path) as file:
+                data = file.read(LARGEST + 1)
+            if len(data) > LARGEST:
+                raise DataError(f"{name}: unpacked, more than {LARGEST} bytes; problems take a few million")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise DataError(f"{name}: no UTF-8; save the file as UTF-8") from None
-    except (OSError, EOFError) as error:  # gzip's own are OSErrors
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{name}: cannot be read ({error})") from None
     if not text.strip():
         raise DataError(f"{name}: empty; problems as one JSON object a line are expected")

@@ -112,6 +112,15 @@ def _check_fields(problem: Problem, found: Format, formats: tuple[Format, ...]) 
         if field in ("test", "test_list", "prompt", "text", "entry_point") and not value:
             raise DataError(f"{problem.origin}: `{field}` is empty")
 
+    for field, kind in _MAY_BE_THERE.items():
+        value = problem.fields.get(field)
+        fits = value is None or isinstance(value, kind)
+        if kind is list and isinstance(value, list):
+            fits = all(isinstance(one, str) for one in value)
+        if not fits:
+            kinds = "a list of strings" if kind is list else "a string"
+            raise DataError(f"{problem.origin}: `{field}` is {kinds}; got {str(value)[:40]!r}")
+
 
 def _number(task_id: str) -> int | None:
     """511 of "MBPP/511" and of "511"."""
@@ -140,7 +149,7 @@ def _described(problem: Problem) -> Row:
     """A function to write, of which a sentence and a first test tell: MBPP as Google published it."""
     fields = problem.fields
     text = (fields["text"] if "text" in fields else fields["prompt"]).strip()
-    imports = [*fields.get("test_imports", []), fields.get("test_setup_code") or ""]
+    imports = [*(fields.get("test_imports") or []), fields.get("test_setup_code") or ""]
     first = fields["test_list"][0].strip()
     quoted = text.replace('"""', "'''")
     return _row(
@@ -161,6 +170,7 @@ def _row(problem: Problem, *, asked: str, solution: str | None, **fields: Any) -
     return Row(**fields, messages=tuple(messages), loose=True, task="code", origin=problem.origin)
 
 
+_MAY_BE_THERE = {"canonical_solution": str, "test_setup_code": str, "test_imports": list}
 _CHECKED = {"task_id": str, "prompt": str, "entry_point": str, "test": str}
 FORMATS = {
     "humaneval": (Format("HumanEval", ("entry_point", "test", "canonical_solution"), _CHECKED, _function),),

@@ -18,7 +18,7 @@ from mlx_distill.errors import Fault
 from mlx_distill.evaluate.answering import Judged
 from mlx_distill.evaluate.exits import early_answers, exits_of
 from mlx_distill.evaluate.fresh import check_equal, fresh_look
-from mlx_distill.evaluate.model import Measured, TestSet, measure
+from mlx_distill.evaluate.model import ALIKE, Measured, TestSet, measure
 from mlx_distill.evaluate.parts import Parts
 from mlx_distill.evaluate.settings import settings
 from mlx_distill.evaluate.statistics import comparisons
@@ -65,7 +65,7 @@ def evaluate_models(work: Work) -> dict[str, Any]:
             seed=work.recipe.seed,
             reasoning=work.recipe.data.reasoning,
             unsafe=work.unsafe,
-            timed=name != "baseline",
+            untimed=_untimed(work, name),
             sparse=cut is not None and cut.sparsity is not None,
             unlike=_unlike(work) if name == "teacher" else None,
             dissent=name == "student" and prepared.teachers.get("teacher") is not None,
@@ -169,6 +169,13 @@ def _key(work: Work) -> str:
         [one.version for one in prepared.published],
     )
     return hashlib.sha256(json.dumps([asked, rows, made]).encode()).hexdigest()
+
+
+def _untimed(work: Work, name: str) -> str | None:
+    """Why the speed of a model is not measured; None if it is."""
+    if name == "teacher" and work.is_divided(name):
+        return f"{work.ranks.size} processes hold it in parts"
+    return ALIKE if name == "baseline" else None
 
 
 def _unlike(work: Work) -> str | None:

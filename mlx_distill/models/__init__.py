@@ -7,21 +7,25 @@
 from mlx_distill.models.loading import (
     Loaded,
     build,
-    check_architecture,
+    check_model,
+    check_saveable,
     fused,
     load,
     load_tokenizer,
     parameter_count,
     save,
+    save_tokenizer,
 )
 
 __all__ = [
     "Loaded",
     "build",
-    "check_architecture",
+    "check_model",
+    "check_saveable",
     "fused",
     "load",
     "load_tokenizer",
     "parameter_count",
     "save",
+    "save_tokenizer",
 ]

@@ -42,7 +42,9 @@ class Head:
         read: list[mx.array] = []
         with _replaced(self._projection, self._method, lambda x: read.append(x) or x):
             self.model(tokens)
-        return read[-1]
+        last = read[-1]
+        read.clear()  # the class made by `_replaced` is a circle, and would hold the array until Python looks
+        return last
 
     @property
     def state(self) -> Any:

@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ class Stored(NamedTuple):
     bytes: int
     numbers: int
     shapes: dict[str, tuple[int, ...]]  # of every tensor, as stored
+    each: float = 4.0  # bytes of a number that the model computes with, whatever its matrices are packed in
 
     @property
     def matrices(self) -> list[tuple[int, int]]:
@@ -32,11 +34,14 @@ class Stored(NamedTuple):
 
 def stored_sizes(folder: Path) -> Stored:
     """Bytes, numbers and shapes of a model's tensors, from the headers of its files."""
-    total, shapes = 0, dict[str, tuple[int, ...]]()
+    total, shapes, dtypes = 0, dict[str, tuple[int, ...]](), Counter[str]()
     for path in sorted(folder.glob("model*.safetensors")):
         total += path.stat().st_size
         with path.open("rb") as file:
             [length] = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
         shapes |= {name: tuple(told["shape"]) for name, told in header.items() if name != "__metadata__"}
-    return Stored(total, sum(math.prod(shape) for shape in shapes.values()), shapes)
+        dtypes.update(told["dtype"] for name, told in header.items() if name != "__metadata__")
+    halves = dtypes["F16"] + dtypes["BF16"]  # norms and scales tell where matrices are packed in integers
+    each = 2.0 if halves > dtypes["F32"] else 4.0
+    return Stored(total, sum(math.prod(shape) for shape in shapes.values()), shapes, each)

@@ -12,6 +12,7 @@ from mlx_distill.errors import ModelError
 from mlx_distill.hub import model_folder
 from mlx_distill.keys import seed_global
 from mlx_distill.options import Shape
+from mlx_distill.safetensors_check import check_weights, read_object
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -28,53 +29,93 @@ class Loaded(NamedTuple):
     tokenizer: Any  # mlx-lm's TokenizerWrapper
 
 
-def load(name: str, where: str, *, lazy: bool = False) -> Loaded:
+def load(name: str, where: str, *, lazy: bool = False, trust: bool = False) -> Loaded:
     """Load a model folder or Hub repository, after its files were checked.
 
     Args:
         name: folder, `org/name`, or `embedded` for the teacher that comes with the package.
         where: the recipe key that named it, for messages.
         lazy: read no weight before it is used, for who makes something smaller of them.
+        trust: its tokenizer may be Python code.
 
     Raises:
         NotFound, ModelError: no such model, or its files are damaged or of an unknown type.
     """
-    from mlx_lm.utils import load_model
+    folder = model_folder(name, where, trust=trust)
+    model, config = _model_of(folder, where, lazy=lazy)
+    _check_runs(model, f"`{where}`: {folder}")
+    return Loaded(model, config, load_tokenizer(folder, config, trust=trust))
 
-    folder = model_folder(name, where)
+
+def check_model(folder: Path, where: str) -> None:
+    """Refuse a folder of which mlx-lm makes no model that runs; no weight is read, and no number computed.
+
+    The model is built of arrays that are never evaluated, compared with what the headers of its files tell,
+    and given two tokens, so that every layer sees the shapes of what it will work on.
+
+    Raises:
+        ModelError: an unknown type, a setting that cannot be, or a tensor that is missing, too many or of
+            another shape.
+    """
+    model, _ = _model_of(folder, where, lazy=True)
+    _check_runs(model, f"`{where}`: {folder}")
+
+
+def _check_runs(model: Any, place: str) -> None:
+    """Give a model two tokens, and compute nothing."""
     try:
-        model, config = load_model(folder, lazy=lazy, model_config=_rope(folder))
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"`{where}`: {folder}: mlx-lm cannot load this model ({reason[:200]})") from None
-    return Loaded(model, config, load_tokenizer(folder, config))
+        model(mx.zeros((1, 2), dtype=mx.int32))
+    except Exception as error:  # whatever the many models of mlx-lm raise
+        raise ModelError(f"{place}: mlx-lm cannot run this model ({_reason(error)})") from None
 
 
-def check_architecture(folder: Path, where: str) -> None:
-    """Refuse a model type that mlx-lm does not have, before its weights are read."""
-    from mlx_lm.utils import _get_classes
+def _model_of(folder: Path, where: str, *, lazy: bool) -> tuple[nn.Module, dict[str, Any]]:
+    from mlx_lm.utils import _get_classes, load_model
 
-    config = json.loads((folder / "config.json").read_text())
+    known, place = read_object(folder / "config.json"), f"`{where}`: {folder}"
     try:
-        _get_classes(config)
-    except ValueError as error:
-        raise ModelError(f"`{where}`: {folder}: {error}") from None
+        _get_classes(known)
+    except Exception as error:  # an unknown type, or `architectures` that are none
+        raise ModelError(f"{place}: {_reason(error)}") from None
+    try:
+        return load_model(folder, lazy=lazy, model_config=_rope(known))
+    except Exception as error:  # whatever the many models of mlx-lm raise
+        reason = _reason(error)
+        words = set(reason.replace(",", " ").split())
+        file = next((file for name, file in check_weights(folder).items() if name in words), None)
+        told = f" (see {file})" if file else ""
+        raise ModelError(f"{place}: mlx-lm cannot load this model: {reason}{told}") from None
 
 
-def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
-    """The tokenizer of a model folder, with every end-of-turn id that its config names."""
+def _reason(error: Exception) -> str:
+    """The message of a foreign error in one short line; its kind where it says nothing else."""
+    said = " ".join(str(error).split()).rstrip(".")
+    if len(said) < 20:  # such as the bare name of a missing key
+        said = f"{type(error).__name__}: {said}"
+    return said if len(said) <= 200 else said[:197] + "..."
+
+
+def load_tokenizer(folder: Path, config: dict[str, Any] | None = None, *, trust: bool = False) -> Any:
+    """The tokenizer of a model folder, with every end-of-turn id that its config names.
+
+    Args:
+        trust: it may be Python code of the model's.
+    """
     from mlx_lm.tokenizer_utils import load as load_wrapped
 
-    read = json.loads((folder / "config.json").read_text()) if config is None else config
+    read = read_object(folder / "config.json") if config is None else config
     ends = read.get("eos_token_id")
     generation = folder / "generation_config.json"
     if generation.is_file():  # where instruct models name the end of a turn
-        ends = json.loads(generation.read_text()).get("eos_token_id", ends)
+        ends = read_object(generation).get("eos_token_id", ends)
+    if not all(type(end) is int for end in (ends if isinstance(ends, list) else [ends] if ends else [])):
+        raise ModelError(f"{folder}: `eos_token_id` is an id or a list of them; got {str(ends)[:40]!r}")
     try:
-        return load_wrapped(folder, {"trust_remote_code": False}, eos_token_ids=ends)
+        loaded = load_wrapped(folder, {"trust_remote_code": trust}, eos_token_ids=ends)
+        loaded.decode(loaded.encode("a b"))  # its options are believed until they are used
+        return loaded
     except Exception as error:  # transformers raises whatever its many tokenizers raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"{folder}: the tokenizer cannot be loaded ({reason[:200]})") from None
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded ({_reason(error)})") from None
 
 
 def build(shape: Shape, tokenizer: Any, seed: int) -> Loaded:
@@ -84,7 +125,7 @@ def build(shape: Shape, tokenizer: Any, seed: int) -> Loaded:
     config: dict[str, Any] = {key: value for key, value in shape.model_dump().items() if value is not None}
     config["num_key_value_heads"] = shape.num_key_value_heads or shape.num_attention_heads
     config["head_dim"] = shape.head_dim or shape.hidden_size // shape.num_attention_heads
-    config["vocab_size"] = len(tokenizer)
+    config["vocab_size"] = max(tokenizer.get_vocab().values()) + 1  # ids need not be without gaps
     config["eos_token_id"] = tokenizer.eos_token_id
     if tokenizer.bos_token_id is not None:
         config["bos_token_id"] = tokenizer.bos_token_id
@@ -106,14 +147,48 @@ def save(folder: Path, loaded: Loaded) -> None:
     """Write a folder that plain `mlx_lm.load` opens.
 
     mlx-lm's own `save` empties the live model and copies every `*.py` of the source folder along;
-    this one does neither.
+    this one does neither. Nor does the folder name code that a reader should run.
     """
     from mlx_lm.utils import save_config, save_model
 
     folder.mkdir(parents=True, exist_ok=True)
     save_model(folder, loaded.model, donate_model=False)
-    save_config(dict(loaded.config), config_path=folder / "config.json")
-    loaded.tokenizer.save_pretrained(folder)
+    config = {key: value for key, value in loaded.config.items() if key != "auto_map"}
+    save_config(config, config_path=folder / "config.json")
+    save_tokenizer(folder, loaded.tokenizer)
+
+
+def save_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Write a tokenizer as data, even one whose class is Python code: then as the plain class of its kind."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = read_object(path)
+    if "auto_map" in config:
+        del config["auto_map"]
+        if is_code(tokenizer):
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for code in folder.glob("*.py"):  # transformers copies what it loaded
+        code.unlink()
+
+
+def check_saveable(tokenizer: Any) -> None:
+    """Refuse a tokenizer that a saved model could only have as Python code.
+
+    Raises:
+        ModelError: its class came with the model, and has no tokenizer.json behind it.
+    """
+    if is_code(tokenizer) and not getattr(tokenizer, "is_fast", False):
+        raise ModelError(
+            "the student's tokenizer is Python code of the model and has no tokenizer.json, so no student "
+            "could be saved with it; choose a student with a tokenizer of its own, and `cross_tokenizer`"
+        )
+
+
+def is_code(tokenizer: Any) -> bool:
+    """Whether a tokenizer's class came with the model."""
+    inner = getattr(tokenizer, "_tokenizer", tokenizer)
+    return type(inner).__module__.startswith("transformers_modules.")
 
 
 def fused(loaded: Loaded) -> Loaded:
@@ -133,13 +208,12 @@ def parameter_count(model: nn.Module) -> int:
     return get_total_parameters(model)
 
 
-def _rope(folder: Path) -> dict[str, Any]:
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
     """`rope_theta` at the top level, where mlx-lm's llama and qwen2 look for it.
 
     Configs of transformers 5 nest it in `rope_parameters`; those two models would silently use
     their default base.
     """
-    config = json.loads((folder / "config.json").read_text())
     nested = config.get("rope_parameters")
     if isinstance(nested, dict) and "rope_theta" in nested and "rope_theta" not in config:
         return {"rope_theta": nested["rope_theta"]}

@@ -28,6 +28,7 @@ class Teacher(Section):
     tail: bool = True  # keep the mass of all other tokens too, as one more outcome
     sampled: PositiveInt | None = None  # cache: tokens drawn from each distribution, in place of `top_k`
     precision: Literal["compact", "exact"] = "compact"  # cache: log-probabilities in few bits, or float32
+    parallel: Literal["tensor", "pipeline"] | None = None  # cache: held in parts by the ranks of `mlx.launch`
     cache: str | None = None  # folder of the cache, to share it between runs; null: in the run folder
     others: list[Self] = []  # more teachers, with these same options
 
@@ -46,6 +47,10 @@ class Teacher(Section):
             raise ValueError(f"`ema` follows the student; it needs model 'student', not {self.model!r}")
         if self.ema is not None and cached:
             raise ValueError("`ema` changes at every step; it needs source 'live'")
+        if self.parallel is not None and (self.source != "cache" or self.model == "student"):
+            raise ValueError("`parallel` is for a model that fills a cache; it needs source 'cache'")
+        if self.parallel is not None and self.quantize is not None:
+            raise ValueError("`parallel` divides the weights as they are stored; leave `quantize` out")
         if any(other.others for other in self.others):
             raise ValueError("`others` stand in one list; they have no `others` of their own")
         return self

@@ -34,7 +34,7 @@ class Train(Section):
     """The loop. A step is one finished optimizer update."""
 
     steps: PositiveInt
-    batch_tokens: PositiveInt = 4096  # tokens of one forward pass, padding included
+    batch_tokens: PositiveInt = Field(4096, le=2**24)  # tokens of one forward pass, padding included
     micro_batches: PositiveInt = 1  # forward passes added up into one update
     learning_rate: PositiveFloat = 1e-5  # peak
     warmup: NonNegativeInt = 0  # steps from 0 up to the peak
@@ -42,11 +42,15 @@ class Train(Section):
     weight_decay: NonNegativeFloat = 0.01  # AdamW; matrices only
     beta2: Fraction = 0.999  # AdamW
     clip: NonNegativeFloat = 1.0  # largest norm of the gradient; 0 turns it off
+    skip_nonfinite: NonNegativeInt = 3  # steps in a row without finite numbers; one more ends the run
+    spike: NonNegativeFloat = 6.0  # deviations above the median loss that are told; 0 turns it off
     gradient_checkpointing: bool = False  # recompute layers in the backward pass, to save memory
     logits_mib: PositiveInt = 384  # memory for logits and losses on them: sets how many places at a time
+    memory_gib: PositiveFloat | None = None  # that MLX may take; null: its own limit
     compile: bool = True
     curriculum: Curriculum | None = None  # null: rows in random order
     log_every: NonNegativeInt = 20  # steps; 0 turns it off, here and below
     eval_every: NonNegativeInt = 0
     save_every: NonNegativeInt = 200
+    keep: PositiveInt = 2  # newest checkpoints of a stage that stay
     log_to: list[Literal["tensorboard", "wandb", "trackio"]] = []  # where metrics.jsonl is also written

@@ -23,6 +23,7 @@ class Planned(NamedTuple):
     source: dict[str, Any]  # config.json of what is cut
     rounds: list[Sizes]  # after each round; the last is what stays
     config: dict[str, Any]  # of the student
+    bytes_each: float  # of a weight as it is stored
 
     @property
     def summary(self) -> str:
@@ -95,4 +96,4 @@ def plan_from(
         small = planned_dense(small, WHERE)
     if options.sparsity is not None:
         check_pattern(small, options.sparsity, f"{WHERE}.sparsity")
-    return Planned(whole, rounds, small)
+    return Planned(whole, rounds, small, bytes_each)

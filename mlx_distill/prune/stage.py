@@ -83,7 +83,7 @@ def _source(work: Work, options: Prune) -> Loaded:
     if options.model is None and work.recipe.teachers["teacher"].quantize is None:
         return work.teacher()._replace(tokenizer=work.prepared.tokenizer)
     name = options.model or work.recipe.teachers["teacher"].model
-    loaded = models.load(name, "student.prune.model")
+    loaded = models.load(name, "student.prune.model", trust=work.prepared.trust)
     trimmed = work.prepared.kept_tokens
     if trimmed is not None:
         loaded = with_vocabulary(loaded, work.prepared.tokenizer, trimmed)

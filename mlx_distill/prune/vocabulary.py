@@ -18,7 +18,7 @@ from mlx_distill.asked import shown_to
 from mlx_distill.data.rows import Row
 from mlx_distill.data.template import encode, encode_prompt, end_of_turn_ids
 from mlx_distill.errors import ModelError
-from mlx_distill.models import Loaded, load_tokenizer
+from mlx_distill.models import Loaded, load_tokenizer, save_tokenizer
 from mlx_distill.models.head import NAMES
 from mlx_distill.progress import Progress, silent
 from mlx_distill.prune.trimming import trim
@@ -194,7 +194,7 @@ def _loaded(tokenizer: Any, tree: dict[str, Any], new: dict[int, int]) -> Any:
     """The tokenizer of a tokenizer.json, all else as `tokenizer` has it, as it is loaded from a folder."""
     ends = sorted(new[index] for index in end_of_turn_ids(tokenizer) if index in new)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(Path(folder), tokenizer)
         (Path(folder) / "tokenizer.json").write_text(json.dumps(tree), encoding="utf-8")
         small = load_tokenizer(Path(folder), {"eos_token_id": ends})
     wanted = {token: new[index] for token, index in tokenizer.get_vocab().items() if index in new}

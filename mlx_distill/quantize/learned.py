@@ -23,13 +23,15 @@ from mlx_distill.lessons import Lessons, lessons, make_batches
 from mlx_distill.losses.menu import MENU
 from mlx_distill.models import Loaded
 from mlx_distill.options import Quantize, Teacher, Term
+from mlx_distill.plain_json import parse_object
 from mlx_distill.prune.sparse import masks_of
 from mlx_distill.quantize.fake import learn_scales, learn_weights, learned
 from mlx_distill.quantize.learned_checks import teaches_in_the_end
 from mlx_distill.quantize.levels import Level
 from mlx_distill.quantize.rounding import cast, layer_grids, quantized
 from mlx_distill.recipe import Recipe
-from mlx_distill.run import Run, StageLog
+from mlx_distill.run import Run
+from mlx_distill.stage_log import StageLog
 from mlx_distill.teacher import LiveTeacher, Teaches
 from mlx_distill.teacher_files import digest_of
 from mlx_distill.train import HasBatches, Trained, train
@@ -49,8 +51,8 @@ def learned_quantized(
 
     Returns:
         the model, and what was measured: `towards`; before_kl, after_kl: mean KL(target || model) on rows
-        that were not learned from, in nats a counted token (null: training diverged); kept: whether what
-        was learned is; train_tokens, train_seconds.
+        that were not learned from, in nats a counted token (null: not finite, or diverged); kept: whether
+        what was learned is; train_tokens, train_seconds.
     """
     options, rows = level.options, _rows(work)
     towards = towards_of(work, options)
@@ -74,7 +76,7 @@ def learned_quantized(
     )
     return finished(_student(work), level, bits, learned(student.model) if kept else {}), {
         "towards": towards,
-        "before_kl": before,
+        "before_kl": before if math.isfinite(before) else None,
         "after_kl": after if math.isfinite(after) else None,
         "kept": kept,
         **used._asdict(),
@@ -225,9 +227,10 @@ def _train(
     if recipe.student.prune is not None and recipe.student.prune.sparsity is not None:
         # Affine grids hold zero, so a weight that does not move from it stays zero.
         masks = {path.replace(".weight", ".moves"): mask for path, mask in masks_of(student.model).items()}
-    vocabulary, log = work.prepared.vocabulary, StageLog(work.run, stage)
+    vocabulary, log = work.prepared.vocabulary, StageLog(work.run, stage, recipe.train.keep)
     with work.run.interrupts.deferred():
-        return train(student.model, [teacher], batches, recipe, vocabulary, log, masks=masks)
+        origins = [row.origin for row in rows.rows]
+        return train(student.model, [teacher], batches, recipe, vocabulary, log, masks=masks, origins=origins)
 
 
 def _forget_others(run: Run, level: Level, more: dict[str, Any], work: Work) -> None:
@@ -241,7 +244,11 @@ def _forget_others(run: Run, level: Level, more: dict[str, Any], work: Work) -> 
         **more,
     }
     kept = folder / f"{level.name}.json"
-    if not kept.exists() or json.loads(kept.read_text()) != json.loads(json.dumps(made_of)):
+    try:
+        known = parse_object(kept.read_bytes())
+    except (OSError, ValueError):  # none yet, or damaged
+        known = None
+    if known != json.loads(json.dumps(made_of)):
         for old in folder.glob(f"{level.name}-step-[0-9]*"):
             shutil.rmtree(old)
         write_json(kept, made_of)

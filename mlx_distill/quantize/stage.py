@@ -26,6 +26,7 @@ def quantize_student(work: Work) -> dict[str, Any]:
     measured: dict[str, Any] = {}
     harms = _layer_harms(work)
     for level in levels(work.recipe.quantize):
+        work.run.interrupts.check()  # of a signal that came while the level before was saved
         made, told = _made(work, level, harms)
         work.save(level.name, made)
         measured[level.name] = {**told, "bits_per_weight": bits_per_weight(made.model)}
