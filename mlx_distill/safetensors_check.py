@@ -5,6 +5,7 @@ twice, and a truncated file until the missing bytes are asked for. Here each is 
 and the reason.
 """
 
+import os
 import re
 import struct
 from importlib.util import find_spec
@@ -181,8 +182,9 @@ def _check_index(index: Path, tensors: dict[str, set[str]]) -> None:
     for file in sorted(set(places.values())):
         if "/" in file or "\\" in file or file in ("", ".", ".."):
             raise ModelError(f"{index}: names {file!r}, which is outside of the folder")
-        if not (index.parent / file).is_file():
-            raise ModelError(f"{index}: names {file}, which is missing; fetch the model again")
+        # Unlike Path's, os.path's is false for a name that no file system takes.
+        if not os.path.isfile(index.parent / file):
+            raise ModelError(f"{index}: names {file[:80]}, which is missing; fetch the model again")
     for tensor, file in places.items():
         if file in tensors and tensor not in tensors[file]:
             raise ModelError(f"{index}: {tensor} is not in {file}, as it says; fetch the model again")

@@ -338,6 +338,27 @@ def test_a_folder_that_is_gone(
     assert capsys.readouterr().err == "error: the folder that you are in is there no more; go to another\n"
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"evaluate={{tasks: [humaneval], files: {{humaneval: {'x' * 5000}}}}}",
+        f"teacher={{model: embedded, source: cache, top_k: 4, cache: {'x' * 5000}}}",
+    ],
+)
+def test_a_name_that_no_file_system_takes(
+    override: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    steps = ["train.steps=2", "train.warmup=0", "data.prompts=null"]
+    monkeypatch.setattr(sys, "argv", ["mlx-distill", "cache", "quickstart", *steps, override])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert "xxx" in line
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_cache_in_the_home_of_nobody_is_no_fault(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """`~nosuch` stays as it is, as in every other path; pathlib's `expanduser` would raise."""
     cache = ["teacher.source=cache", "teacher.top_k=8", "teacher.cache=~nosuch/x"]

@@ -93,6 +93,8 @@ def test_a_header_longer_than_any_file(tmp_path: Path) -> None:
     ("index", "message"),
     [
         ({"weight_map": {"a": "model-2.safetensors"}}, "names model-2.safetensors, which is missing"),
+        ({"weight_map": {"a": "x" * 5000}}, "names x{80}, which is missing"),
+        ({"weight_map": {"a": "\0"}}, "which is missing"),
         ({"weight_map": {"a": "../model.safetensors"}}, "outside of the folder"),
         ({"weight_map": {"a": "/etc/passwd"}}, "outside of the folder"),
         ({"weight_map": {"b": "model.safetensors"}}, "b is not in model.safetensors, as it says"),

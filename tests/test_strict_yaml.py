@@ -48,6 +48,7 @@ def test_scalars_are_what_they_look_like(text: str, value: Any) -> None:
     [
         ("a: 1\nb: 2\na: 3\n", "r.yaml: line 3: the key `a` stands twice (first in line 1)"),
         ("a: {b: 1, b: 2}", "r.yaml: line 1: the key `b` stands twice"),
+        ('a: 1\nb: "x\\0y"', "r.yaml: line 2: a NUL character; no option takes one"),
         ("a: {1: x}", "r.yaml: line 1: the key 1 is no word; put it in quotes"),
         ("a: {no: x, null: y}", "r.yaml: line 1: the key None is no word"),
         ("? [a]\n: 1", "r.yaml: line 1: the key ['a'] is no word"),

@@ -86,9 +86,13 @@ def refuse_other(folder: Path, wanted: dict[str, Any], place: str = "teacher") -
     Raises:
         DataError: the first field that differs, both values, and what to do.
     """
-    if not os.path.exists(folder):  # unlike Path's, false for a name that no file system takes
-        return
     key = f"`{place}.cache`"
+    try:
+        os.stat(folder)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise DataError(f"{key}: {str(folder)[:80]}: {error.strerror}; name another folder") from None
     if found := odd_in(folder):
         raise DataError(f"{key}: {found}, which no cache holds; remove it")
     path = folder / MANIFEST

@@ -1,5 +1,6 @@
 """The command line. Each command imports what it needs when it runs, so that `--help` answers at once."""
 
+import errno
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -68,10 +69,14 @@ def main() -> None:
         for line in str(error).splitlines():
             tell(f"error: {line}")
         sys.exit(error.exit_code)
-    except FileNotFoundError:
-        if _is_here():
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # ours are short
+            line = f"the name {str(error.filename)[:40]}... is longer than a file may have; choose another"
+        elif isinstance(error, FileNotFoundError) and not _is_here():
+            line = "the folder that you are in is there no more; go to another"
+        else:
             raise
-        tell("error: the folder that you are in is there no more; go to another")
+        tell(f"error: {line}")
         sys.exit(DistillError.exit_code)
 
 

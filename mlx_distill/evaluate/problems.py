@@ -33,9 +33,9 @@ def read_problems(source: str, where: str) -> list[Problem]:
         MissingExtra: the data set is Parquet, and the package `datasets` is not installed.
     """
     path = Path(os.path.expanduser(source))
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path's, false for a name that no file system takes; so below
         return _in_file(path, str(path))
-    if path.exists() or not hub.is_name(source) or path.suffix in (".jsonl", ".json", ".gz"):
+    if os.path.exists(path) or not hub.is_name(source) or path.suffix in (".jsonl", ".json", ".gz"):
         if path.is_dir():
             raise DataError(f"{where}: {source} is a folder; name a file in it")
         raise NotFound(f"{where}: {no_such_path(path)}")
