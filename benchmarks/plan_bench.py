@@ -1,4 +1,4 @@
-"""Memory that `plan` predicts against what a run takes: eighteen configurations, from tiny to small.
+"""Memory that `plan` predicts against what a run takes: fourteen configurations, and ten that chance draws.
 
     OPENBLAS_NUM_THREADS=1 python benchmarks/plan_bench.py
 
@@ -8,19 +8,22 @@ resident memory over the process just before models are loaded, with the cache l
 peak of MLX's counter. Of both the largest over all stages is compared. MLX's own counter is told beside them:
 on the CPU it leaves out what the allocator keeps, and counts pages that nobody touched.
 
-Some of the first fourteen had a say in a constant or in what is counted, as docs/memory.md tells; the last
-four, `HELD_OUT`, had none. Last come the table of docs/memory.md, in Markdown, and JSON lines. `--only NAME`
-runs one configuration, `--calibrate` those on which constants were fitted that need a whole run.
+The fourteen `CASES` had a say in what is counted, as docs/memory.md tells; the `drawn` ones of `SEEDS` had
+none. Last come the two tables of docs/memory.md, in Markdown, and JSON lines. `--only NAME` runs one
+configuration ("drawn 7.1" is attempt 1 of seed 7), `--drawn FIRST LAST` some seeds, `--calibrate` whole
+runs by which the model was corrected.
 """
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -160,9 +163,111 @@ CASES = {
         },
     ),
 }
-# Written down last, and measured once: no constant was touched since.
-HELD_OUT = {
-    "DoRA, deep and narrow": Case(
+DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "jensen_shannon",
+    "total_variation",
+    "skewed_forward_kl",
+    "adaptive_kl",
+)
+
+
+def drawn(seed: int, attempt: int = 0) -> Case:
+    """A configuration that nobody chose: each number of it is drawn by itself.
+
+    Args:
+        attempt: of several for a seed, until one is predicted to take what is asked for.
+    """
+    random = np.random.default_rng([seed, attempt])
+
+    def chance(share: float) -> bool:
+        return bool(random.random() < share)
+
+    def one_of(*values: Any) -> Any:
+        return values[random.integers(len(values))]
+
+    def between(low: float, high: float) -> int:
+        """Even on a scale of logarithms, both ends included."""
+        return round(float(np.exp(random.uniform(np.log(low), np.log(high)))))
+
+    def shape() -> dict[str, Any]:
+        kind, hidden = one_of("llama", "llama", "qwen3", "qwen3_moe"), 32 * between(2, 12)
+        heads = one_of(*(n for n in (2, 4, 6, 8, 12) if hidden % n == 0 and hidden // n % 8 == 0))
+        ratio = random.uniform(1.0, 4.0)
+        experts = {"num_experts": one_of(4, 8), "num_experts_per_tok": 2} if kind == "qwen3_moe" else {}
+        return {
+            "model_type": kind,
+            "hidden_size": hidden,
+            "intermediate_size": 16 * round(ratio * hidden / (32 if experts else 16)),
+            "num_hidden_layers": between(2, 12),
+            "num_attention_heads": heads,
+            "num_key_value_heads": one_of(heads, *(n for n in (1, 2, 4) if heads % n == 0)),
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": chance(0.6),
+            **experts,
+        }
+
+    student, taught, cached = shape(), chance(0.8), chance(0.4)
+    while True:
+        teacher = shape() if taught else None
+        if teacher is None or teacher["num_hidden_layers"] * teacher["hidden_size"] >= 256:
+            break
+    vocabulary = between(500, 40000)
+    # Experts are no matrices that DoRA can split into length and direction.
+    method = one_of("full", "full", "lora", "lora" if "num_experts" in student else "dora")
+    short = between(24, 400)
+    lengths = (
+        (short, short + 1) if chance(0.5) else (short, min(512, round(short * random.uniform(1.2, 4)) + 1))
+    )
+    tokens, passes, steps = between(512, 4096), one_of(1, 1, 2, 3), int(random.integers(3, 9))
+    options: dict[str, Any] = {"batch_tokens": tokens, "micro_batches": passes, "steps": steps}
+    options |= {"gradient_checkpointing": True} if chance(0.25) else {}
+    sections: dict[str, Any] = {}
+    if method != "full":
+        sections["student"] = {"method": method, "rank": one_of(4, 8, 16, 32)}
+    if taught and cached:
+        sections["teacher"] = {"source": "cache", "top_k": one_of(8, 16, 32, 64)}
+    loss = one_of(*DIVERGENCES) if taught else "cross_entropy"
+    sections["objective"] = {loss: {}}
+    if taught and chance(0.3):
+        sections["objective"] = {loss: {"weight": 0.7}, "cross_entropy": {"weight": 0.3}}
+    if chance(0.3):
+        sections["valid"] = True
+        options["eval_every"] = 2
+    if compares := taught and chance(0.3):
+        sections |= {"evaluate": {"tasks": ["fidelity"], "baseline": False}, "tested": True}
+    told = [
+        f"{student['model_type']} {student['num_hidden_layers']} x {student['hidden_size']}",
+        f"V {vocabulary:,}",
+        f"{lengths[0]} to {lengths[1] - 1} tokens a row"
+        if lengths[1] > short + 1
+        else f"{short} tokens a row",
+        f"{passes} x {tokens:,}",
+        method,
+        " + ".join(sections["objective"]),
+    ]
+    if teacher is not None:
+        source = f"top {sections['teacher']['top_k']} of" if cached else "live"
+        told.append(f"{source} {teacher['num_hidden_layers']} x {teacher['hidden_size']}")
+    told += ["checkpointing"] if "gradient_checkpointing" in options else []
+    told += ["validation"] if "valid" in sections else []
+    told += ["fidelity"] if compares else []
+    return Case(
+        vocabulary=vocabulary,
+        student=student,
+        teacher=teacher,
+        loaded=method != "full" or chance(0.3),
+        lengths=lengths,
+        prompt=int(random.integers(4, 1 + short // 2)),
+        sections={**sections, "train": options},
+        upto="evaluate" if compares else "train",
+        what=", ".join(told),
+    )
+
+
+CALIBRATION = {
+    "DoRA": Case(
         what="10 x 128, 2 x 1,024 tokens",
         student={
             **SMALL,
@@ -187,21 +292,6 @@ HELD_OUT = {
             **train(batch_tokens=2048),
         },
     ),
-    "a head of its own, Jensen-Shannon": Case(
-        what="qwen3 3 x 256, V 10,000, 1,024 tokens",
-        vocabulary=10000,
-        student={
-            **SMALL,
-            "model_type": "qwen3",
-            "hidden_size": 256,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "tie_word_embeddings": False,
-        },
-        teacher=SMALL,
-        lengths=(150, 200),
-        sections={"objective": {"jensen_shannon": {}}, **train(batch_tokens=1024)},
-    ),
     "mixed rows, validation": Case(
         what="rows of 30 to 400 tokens, 3,072 a batch, V 6,000",
         vocabulary=6000,
@@ -209,8 +299,6 @@ HELD_OUT = {
         prompt=8,
         sections={**train(batch_tokens=3072, steps=6, eval_every=3), "valid": True},
     ),
-}
-CALIBRATION = {
     "plain": Case(teacher=None, sections=train(batch_tokens=2048)),
     "wide": Case(student=BIG, teacher=None, sections=train(batch_tokens=2048)),
     "short": Case(lengths=(60, 65), sections=train(batch_tokens=2048)),
@@ -282,7 +370,7 @@ def build(case: Case, folder: Path) -> None:
     teacher = models.build(Shape(**(case.teacher or case.student)), tokenizer, 1)
     network: Any = teacher.model
     table = network.model.embed_tokens
-    table.weight[1] = 2 * table.weight[1]  # or answers would hardly ever end
+    table.weight[1] = 4 * table.weight[1]  # or answers would hardly ever end
     models.save(folder / "teacher", teacher)
     models.save(folder / "student", models.build(Shape(**case.student), tokenizer, 2))
     random = np.random.default_rng(0)
@@ -317,7 +405,9 @@ def words(size: int) -> Any:
 def recipe_of(case: Case, folder: Path) -> dict[str, Any]:
     sections = dict(case.sections)
     asked, valid = sections.pop("asked", False), sections.pop("valid", False)
-    student: dict[str, Any] = {"model": str(folder / "student")} if case.loaded else {"shape": case.student}
+    student: dict[str, Any] = {"shape": case.student}  # in the words of its teacher
+    if case.loaded or case.teacher is None:
+        student = {"model": str(folder / "student"), "method": "full"}
     data: dict[str, Any] = {"max_tokens": case.lengths[1] + case.prompt + 128}
     data |= {"prompts": str(folder / "prompts.jsonl")} if asked else {"train": str(folder / "train.jsonl")}
     data |= {"valid": str(folder / "valid.jsonl")} if valid else {}
@@ -332,8 +422,6 @@ def recipe_of(case: Case, folder: Path) -> dict[str, Any]:
     }
     if case.teacher is not None:
         tree["teacher"] = {"model": str(folder / "teacher"), **sections.pop("teacher", {})}
-    elif case.student is not None:
-        tree["student"] = {"model": str(folder / "student"), "method": "full"}
     options = {"steps": 3, "learning_rate": 1e-4, "log_every": 0, "save_every": 0, "compile": False}
     return {**tree, **sections, "train": {**options, **sections.pop("train")}}
 
@@ -383,10 +471,28 @@ class Compared(NamedTuple):
         return self.predicted / self.measured[self.at] - 1
 
 
-def compared(name: str) -> Compared:
-    said = {}
+def named(name: str) -> Case:
+    """A configuration by its name; of a drawn one that is its seed and, behind a dot, the attempt."""
+    if name in CASES or name in CALIBRATION:
+        return {**CASES, **CALIBRATION}[name]
+    seed, _, attempt = name.removeprefix(DRAWN).partition(".")
+    return drawn(int(seed), int(attempt or 0))
+
+
+def drawn_and_compared(seed: int) -> tuple[Case, Compared]:
+    """The first attempt of a seed that is predicted to take what `WITHIN` says."""
+    for attempt in range(100):
+        found = compared(f"{DRAWN}{seed}.{attempt}", WITHIN)
+        if found is not None:
+            return drawn(seed, attempt), found
+    raise SystemExit(f"seed {seed}: nothing of a size that can be measured")
+
+
+def compared(name: str, within: tuple[float, float] = (0.0, math.inf)) -> Compared | None:
+    """A configuration predicted and measured; None where the prediction in GiB is not within these."""
     with tempfile.TemporaryDirectory() as folder:
-        for step in STEPS:
+
+        def said(step: str) -> Any:
             done = subprocess.run(
                 [sys.executable, __file__, "--step", step, "--only", name, "--folder", folder],
                 env={**os.environ, "HF_HUB_OFFLINE": "1"},
@@ -395,8 +501,13 @@ def compared(name: str) -> Compared:
             )
             if done.returncode:
                 raise SystemExit(f"{name}: {step} failed\n{done.stdout}\n{done.stderr}")
-            said[step] = done.stdout.strip().rpartition("\n")[2]
-    before, after = json.loads(said["predict"]), json.loads(said["run"])
+            return json.loads(done.stdout.strip().rpartition("\n")[2] or "null")
+
+        said("build")
+        before = said("predict")
+        if not within[0] <= max(before["stages"].values()) <= within[1]:
+            return None
+        after = said("run")
     if before["stages"] != after["predicted_stages_gib"]:
         raise SystemExit(
             f"{name}: the run predicted {after['predicted_stages_gib']}, the plan {before['stages']}"
@@ -422,25 +533,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only")
     parser.add_argument("--calibrate", action="store_true")
+    parser.add_argument("--drawn", type=int, nargs=2, metavar=("FIRST", "LAST"))
     parser.add_argument("--step", choices=[*STEPS])
     parser.add_argument("--folder", type=Path)
     asked = parser.parse_args()
-    every = {**CASES, **HELD_OUT, **CALIBRATION}
     if asked.step:
-        STEPS[asked.step](every[asked.only], asked.folder)
+        STEPS[asked.step](named(asked.only), asked.folder)
         return
-    chosen = CALIBRATION if asked.calibrate else {**CASES, **HELD_OUT}
-    if asked.only:
-        chosen = {asked.only: every[asked.only]}
-    lines, table, errors = [], [], dict[str, float]()
-    for name, case in chosen.items():
-        found = compared(name)
-        errors[name] = abs(found.error)
-        table.append(row_of(name, case.what, found))
-        print(table[-1], flush=True)
+    whole = not (asked.only or asked.calibrate or asked.drawn)
+    first, last = asked.drawn or SEEDS
+    names = [asked.only] if asked.only else [*CALIBRATION] if asked.calibrate else [*CASES] if whole else []
+    seeds = range(first, last + 1) if whole or asked.drawn else ()
+    lines, tables, errors = [], dict[str, list[str]](), dict[str, list[float]]()
+
+    def told(name: str, case: Case, found: Compared, of: str) -> None:
+        errors.setdefault(of, []).append(found.error)
+        tables.setdefault(of, []).append(row_of(name, case.what, found))
+        print(tables[of][-1], flush=True)
         both = {stage: (found.stages.get(stage, 0.0), gib) for stage, gib in found.measured.items()}
-        told = (f"{stage} ({1024 * one:.0f}, {1024 * other:.0f})" for stage, (one, other) in both.items())
-        print("    predicted and measured, MiB:", ", ".join(told), flush=True)
+        each = (f"{stage} ({1024 * one:.0f}, {1024 * other:.0f})" for stage, (one, other) in both.items())
+        print("    predicted and measured, MiB:", ", ".join(each), flush=True)
         parts = (f"{part} {1024 * gib:.0f}" for part, gib in found.training.items() if gib)
         print("    predicted of training:", ", ".join(parts), flush=True)
         config = {"case": name, "stage": found.at, "predicted_gib": found.predicted}
@@ -448,20 +560,35 @@ def main() -> None:
         lines.append(
             {"name": "predicted_over_measured", "value": 1 + found.error, "unit": "", "config": config}
         )
-    print("", HEADING, RULE, *table, sep="\n")
-    if asked.calibrate or asked.only:
-        return
-    for of, names in {"": [*chosen], "_held_out": [*HELD_OUT]}.items():
-        worst = max(errors[name] for name in names)
-        config = {"cases": len(names)}
-        lines.append({"name": f"worst_relative_error{of}", "value": worst, "unit": "", "config": config})
-    record("plan", lines)
+
+    for name in names:
+        found = compared(name)
+        assert found is not None  # whatever is predicted
+        told(name, named(name), found, "")
+    for seed in seeds:
+        told(f"{DRAWN}{seed}", *drawn_and_compared(seed), "_held_out")
+    for table in tables.values():
+        print("", HEADING, RULE, *table, sep="\n")
+    for of, found in errors.items():
+        sizes = [abs(error) for error in found]
+        for which, value in {"worst": max(sizes), "median": median(sizes)}.items():
+            config = {"cases": len(sizes), "lowest": min(found), "highest": max(found)}
+            lines.append(
+                {"name": f"{which}_relative_error{of}", "value": value, "unit": "", "config": config}
+            )
+    if whole:
+        record("plan", lines)
+    else:
+        print(*map(json.dumps, lines), sep="\n")
 
 
 HEADING = (
     "| configuration | | predicted, MiB | measured, MiB | at its largest in | error | MLX's counter, MiB |"
 )
 RULE = "|---|---|---|---|---|---|---|"
+DRAWN = "drawn "  # before the seed
+SEEDS = (1000, 1009)  # the first and last of those that are recorded
+WITHIN = (0.15, 3.0)  # GiB predicted of a drawn one
 STEPS = {"build": build, "predict": predict, "run": run_one}
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from mlx_distill.data.mixture import learned_from
 from mlx_distill.disk import free_gib, needed
 from mlx_distill.fit import fitted, suggested
 from mlx_distill.layout import ROOT
-from mlx_distill.memory import breakdown, decisions, table
+from mlx_distill.memory import decisions, table
 from mlx_distill.preflight import Prepared, prepare
 from mlx_distill.recipe import Recipe, dump
 from mlx_distill.timed import Timed
@@ -42,7 +42,6 @@ def _lines(recipe: Recipe, prepared: Prepared, root: Path) -> Iterator[str]:
     yield dump(prepared.recipe).rstrip()
     yield ""
     yield from _facts(prepared.recipe, prepared)
-    yield breakdown(prepared.memory)
     yield from table(prepared.memory)
     yield from decisions(recipe, prepared.recipe, prepared.undecided)
     yield from _changes(prepared)
@@ -97,7 +96,7 @@ def _facts(recipe: Recipe, prepared: Prepared) -> Iterator[str]:
         lengths = [len(row.tokens) for row in labelled]
         seen = "the baseline" if _has_baseline(recipe) else "training on them alone"
         yield (
-            f"labelled rows have {min(lengths)} to {max(lengths)} tokens and fill {epoch:.1f} batches; "
+            f"labelled rows have {min(lengths)} to {max(lengths)} tokens and fill {epoch:.3g} batches; "
             f"{seen} sees them {times:.1f} times"
         )
 

@@ -103,7 +103,7 @@ def decode_again(recipe: Recipe, overrides: list[str]) -> Recipe:
 
 
 def test_what_changes_the_lesson_is_suggested_and_not_applied(folder: Path) -> None:
-    recipe = recipe_of(student={"shape": None, "model": "x"})
+    recipe = recipe_of(student={"shape": None, "model": "x"}, train={"batch_tokens": 512})
     machine = Machine(folder, 1e-6)
     keys = {next(iter(one.options)): one.same for one in suggested(recipe, machine)}
     assert keys["teacher.source"] is False  # its whole distribution is more than what is stored of it

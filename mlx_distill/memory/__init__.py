@@ -8,14 +8,13 @@ from mlx_distill.memory.estimates import GIB, Estimate, estimate, machine_gib
 from mlx_distill.memory.parts import Parts
 from mlx_distill.memory.phases import Rows
 from mlx_distill.memory.sources import decisions, with_sources
-from mlx_distill.memory.words import breakdown, table
+from mlx_distill.memory.words import table
 
 __all__ = [
     "GIB",
     "Estimate",
     "Parts",
     "Rows",
-    "breakdown",
     "decisions",
     "estimate",
     "machine_gib",

@@ -66,13 +66,13 @@ def of_own(questions: Sequence[int], answer: int, options: Train) -> list[Shape]
     return sorted(found)[-options.steps * options.micro_batches :]
 
 
-def of_measuring(rows: Sequence[Encoded], tokens: int) -> list[Shape]:
+def of_measuring(rows: Sequence[Encoded], tokens: int, places_to: int = 1) -> list[Shape]:
     """Shapes of the batches in which a model is measured, each once."""
     rows = rows[:: 1 + len(rows) // MOST]
     plans = []
     for indices in in_order(rows, tokens):
         plans.append((width_of(max(len(rows[i].tokens) for i in indices)), indices))
-    return _shapes(rows, plans, 1)
+    return _shapes(rows, plans, places_to)
 
 
 def _shapes(

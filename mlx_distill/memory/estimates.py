@@ -16,14 +16,7 @@ from mlx_distill.memory.kernels import kernels
 from mlx_distill.memory.models import Models, models_of
 from mlx_distill.memory.parts import Parts
 from mlx_distill.memory.phases import Rows, own_rows, stages_of, validating
-from mlx_distill.memory.work import (
-    activations,
-    at_work,
-    features,
-    logits,
-    over_shapes,
-    together,
-)
+from mlx_distill.memory.work import activations, features, logits, over_shapes, reading, together, with_freed
 from mlx_distill.prune.plan import Planned
 from mlx_distill.recipe import Recipe
 
@@ -107,6 +100,8 @@ def estimate(
         rows: of the data; None: every row is as long as `data.max_tokens` lets it be.
     """
     constants, train = kernels(), recipe.train
+    if train.memory_gib is not None:  # a quarter of it, as `guards.limit_memory` has it
+        constants = constants._replace(keeps=min(constants.keeps, train.memory_gib * GIB / 4))
     models = models_of(recipe, folders, vocabulary, planned)
     student, rows = models.student, rows or Rows()
     shapes = _shapes(recipe, rows)
@@ -118,21 +113,29 @@ def estimate(
     }
     shown = models._replace(teachers=live)
 
-    def reading(shape: Shape) -> float:
-        return sum(at_work(one, shape, constants.teaching) for one in live.values())
+    def heard(shape: Shape) -> float:
+        return sum(reading(one, shape, constants, student) for one in live.values())
 
     def step(shape: Shape) -> float:
-        mine = activations(models, recipe, shape, constants) + features(shown, recipe, shape)
-        return mine + reading(shape)
+        mine = sum(activations(models, recipe, shape, constants)) + features(shown, recipe, shape)
+        return mine + heard(shape)
 
     largest = max(shapes, key=step)
     steps = over_shapes(shapes, step, constants)
     written = own_rows(recipe, models, rows, vocabulary, constants)
-    checked = validating(recipe, models, rows, vocabulary, constants)
-    kept = together([steps, written, checked], constants) - reading(largest)
-    chunks = logits(recipe, vocabulary, len(live), shapes, constants)
+    met = {shape.tokens for shape in shapes}
+    checked = validating(recipe, models, rows, vocabulary, met, constants)
+    each = logits(recipe, vocabulary, len(live), shapes, constants)
+    chunks, chunk = together(each, constants), max(each, default=0.0)
+    layers, passing = activations(models, recipe, largest, constants)
+    # The teachers read, then losses are taken, then one layer after the other goes back.
+    living = layers + features(shown, recipe, largest) + max(passing, heard(largest), chunk)
+    whole = together([steps, written, checked], constants) + chunks
+    most = max(step(largest) + chunk, written, checked)
+    at_once = validating(recipe, models, rows, vocabulary, (), constants._replace(keeps=0.0))
+    kept = with_freed(most, whole, constants, max(living, written, at_once)) - chunks - heard(largest)
     teachers = {
-        place: (one.bytes + at_work(one, largest, constants.teaching)) / GIB for place, one in live.items()
+        place: (one.bytes + reading(one, largest, constants, student)) / GIB for place, one in live.items()
     }
     update = constants.update if train.micro_batches == 1 else constants.update_apart
     work = Parts(activations=step(largest), logits=chunks)
@@ -149,7 +152,7 @@ def estimate(
         constants.base / GIB,
         {name: parts.over(GIB) for name, parts in stages.items()},
         max(shape.width for shape in shapes),
-        reading(largest) / GIB,
+        heard(largest) / GIB,
     )
 
 

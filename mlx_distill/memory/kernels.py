@@ -13,70 +13,62 @@ import mlx.core as mx
 
 KEPT = 2 << 30  # bytes that the CPU's allocator keeps of what was freed; see `pipeline.run`
 
-Layer = tuple[float, float, float]  # multiples of a layer's attention of all heads, feed-forward, and width
-
 
 class Kernels(NamedTuple):
-    """Multiples of what they name, but for `base`."""
+    """Multiples of what they name, but for `base` and `keeps`."""
 
     base: float  # bytes of the process beside its arrays
+    keeps: float  # bytes that the allocator keeps of what was freed, at most; 0: it keeps nothing
     update: float  # of the weights that move: what an update holds beside weights, gradients and moments
     update_apart: float  # the same where gradients of micro-batches are summed up before it begins
     largest: float  # of the largest array that moves: what guards of an update hold beside all of it
     kept: float  # of what a layer's formula says is kept for the backward pass
-    norms: int  # of a layer's width: what its two norms keep, and the sums before them
-    passing: Layer  # of the layer at work, forward and backward
-    teaching: Layer  # of a live teacher's, beside them
-    reading: Layer  # of a model that only reads
-    loss: float  # arrays of (places, vocabulary), of a loss on the student's logits alone
-    divergence: float  # and of each of the two of a loss that a live teacher's logits stand beside
-    measuring: float  # such arrays of a model that is measured
+    passing: float  # of the same: what the layer at work holds beside it, forward and backward
+    reading: tuple[float, float, float]  # of attention, feed-forward and width of a model that only reads
+    logits: float  # of the arrays of (places, vocabulary) that losses hold, as `work.py` counts them
+    scoring: tuple[
+        float, float
+    ]  # arrays of (tokens, vocabulary) and (places, vocabulary): how likely labels are
+    measuring: float  # arrays of (tokens, vocabulary) of a model that is measured
     comparing: float  # and of one that is compared with its teacher
-    storing: float  # and of one whose likeliest tokens are stored
+    storing: float  # arrays of (places, vocabulary) of one whose likeliest tokens are stored
+    left_over: float  # one more of these, of each model, where the vocabulary is no whole number of blocks
     drawing: float  # arrays of (rows, vocabulary) while answers are written
     written: float  # copies of the keys and values of these answers
-    freed: float  # of what work of another size took and the allocator keeps; 0: it keeps nothing
 
 
 CPU = Kernels(
-    base=40 * 2**20,
-    update=3.8,
-    update_apart=2.2,
-    largest=2.8,
-    kept=0.874,
-    norms=6,
-    passing=(4.1, 5.9, 10.2),
-    teaching=(4.6, 4.0, 0.0),
-    reading=(0.3, 2.9, 22.7),
-    loss=5.0,
-    divergence=6.2,
-    measuring=3.3,
-    comparing=14.4,
-    storing=3.7,
+    base=15 * 2**20,
+    keeps=KEPT,
+    update=3.3,
+    update_apart=2.4,
+    largest=2.3,
+    kept=0.92,
+    passing=1.7,
+    reading=(1.0, 1.9, 20.0),
+    logits=1.0,
+    scoring=(1.2, 3.1),
+    measuring=2.2,
+    comparing=9.5,
+    storing=3.0,
+    left_over=1.0,
     drawing=6.0,
     written=1.5,
-    freed=0.95,
 )
 
 # Metal trains with the same attention as the CPU, in parts (MLX's scaled_dot_product_attention.cpp,
-# `use_fallback`: faster), so the student's is counted; a teacher only reads, and its attention is one kernel.
-# A norm is one kernel in both directions, and keeps what it reads and what it gives.
+# `use_fallback`: faster), so the student's is counted; a model that only reads has it in one kernel.
 GPU = CPU._replace(
     base=0,
+    keeps=0,
     update=0.9,
     update_apart=1.0,
     largest=1.3,
-    norms=4,
-    passing=(2.6, 2.2, 6.3),
-    teaching=(0.0, 0.9, 5.7),
-    reading=(0.0, 2.6, 15.2),
-    loss=3.3,
-    divergence=3.4,
-    measuring=3.3,
-    comparing=11.0,
+    passing=1.0,
+    reading=(0.0, 1.9, 20.0),
+    logits=0.85,
+    comparing=9.0,
     drawing=4.0,
-    written=1.5,
-    freed=0.0,
 )
 
 

@@ -19,6 +19,7 @@ class Models(NamedTuple):
     student: Sizes  # as it trains
     moving: float  # numbers that move in it
     adapted: float  # share of its layers that keep something for the backward pass
+    scaled: bool  # the matrices of these have a length that moves: DoRA
     teachers: dict[str, Sizes]  # those that have weights of their own
     source: Sizes | None  # what the student is cut out of
 
@@ -66,7 +67,7 @@ def models_of(
             teachers[place] = student._replace(bytes=moved)
         else:
             teachers[place] = _teacher(teacher, stored[place], configs[place], vocabulary)
-    return Models(student, moving, adapted, teachers, source)
+    return Models(student, moving, adapted, options.method == "dora", teachers, source)
 
 
 def _teacher(teacher: Teacher, stored: Stored, config: Mapping[str, object], vocabulary: int) -> Sizes:

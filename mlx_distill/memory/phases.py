@@ -1,23 +1,23 @@
 """Bytes of the stages before and after training, and of what training does beside its steps."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from mlx_distill.cache.capture import NUMBERS, TOKENS
-from mlx_distill.data.batch import Encoded, width_of
+from mlx_distill.data.batch import PLACES_TO, Encoded, width_of
 from mlx_distill.evaluate.fidelity import LOGITS
 from mlx_distill.memory import batches
 from mlx_distill.memory.batches import Shape
-from mlx_distill.memory.kernels import KEPT, Kernels
+from mlx_distill.memory.kernels import Kernels
 from mlx_distill.memory.models import Models
 from mlx_distill.memory.parts import Parts
 from mlx_distill.memory.sizes import Sizes
-from mlx_distill.memory.work import at_work, measuring, together, writing
+from mlx_distill.memory.work import left_over, measuring, over_shapes, reading, scoring, together, writing
 from mlx_distill.prune.importance import BATCH_TOKENS
 from mlx_distill.recipe import Recipe
 from mlx_distill.score import NUMBERS as NUMBERS_READ
 
-PROBED, LONGEST = 32, 512  # rows that a teacher is tried on, and tokens of each, as `probes.judging` has them
+PROBED, LONGEST = 32, 512  # rows that a model is tried on, and tokens of each, as `probes.judging` has them
 HELD_OUT = 0.05  # of the rows, as `quantize.learned` has it
 WRITTEN = {"code", "summary", "exact", "humaneval", "mbpp"}  # tasks for which a model writes answers
 
@@ -61,7 +61,7 @@ def stages_of(
     if models.source is not None:
         shape = Shape(max(1, BATCH_TOKENS // longest), longest, 0)
         whole = models.source
-        work = at_work(whole, shape, kernels.reading)
+        work = reading(whole, shape, kernels)
         found["prune"] = Parts(student=whole.bytes + student.bytes, activations=work)
     if recipe.quantize is not None and recipe.quantize.method in ("dwq", "qad"):
         live = [one for place, one in models.teachers.items() if place == "teacher"] or [student]
@@ -76,7 +76,7 @@ def stages_of(
         work = _apart(vocabulary, learning)
         found["quantize"] = Parts(live[0].bytes, student.bytes, learned, **work)
     elif recipe.quantize is not None:
-        work = at_work(student, Shape(1, longest, 0), kernels.reading)
+        work = reading(student, Shape(1, longest, 0), kernels)
         found["quantize"] = Parts(student=2 * student.bytes, activations=work)
     if recipe.evaluate.tasks:
         found["evaluate"] = _evaluating(recipe, student, first, rows, vocabulary, kernels)
@@ -94,11 +94,12 @@ def _apart(vocabulary: int, bytes_of: Callable[[int], float]) -> dict[str, float
 
 
 def _probing(model: Sizes, rows: Rows, vocabulary: int, kernels: Kernels) -> Parts:
-    """A model that reads some rows before the run begins: as many as `probes` takes, the longest."""
-    ordered = sorted(rows.learned or rows.valid, key=lambda row: len(row.tokens), reverse=True)
-    read = [Encoded(row.tokens[:LONGEST], min(row.start, LONGEST)) for row in ordered[:PROBED]]
-    shapes = batches.of_measuring(read, max(NUMBERS_READ // vocabulary, 64))
-    work = _apart(vocabulary, lambda size: measuring([model], size, shapes, kernels))
+    """A model that reads some rows before the run begins."""
+    known = rows.learned or rows.valid
+    spread = [known[i * len(known) // PROBED] for i in range(PROBED)] if len(known) > PROBED else known
+    read = [Encoded(row.tokens[:LONGEST], min(row.start, LONGEST)) for row in spread]
+    shapes = batches.of_measuring(read, max(NUMBERS_READ // vocabulary, 64), PLACES_TO)
+    work = _apart(vocabulary, lambda size: scoring(model, size, shapes, kernels))
     return Parts(teachers=model.bytes, **work)
 
 
@@ -109,23 +110,33 @@ def _storing(teachers: Sequence[Sizes], rows: Rows, vocabulary: int, longest: in
     if rows.learned:
         shapes = batches.of_measuring(rows.learned, TOKENS)
     chunk = max(1, NUMBERS // vocabulary)
-    places = max(min(chunk, shape.places) for shape in shapes)
-    if kernels.freed:
-        places += sum({shape.places % chunk for shape in shapes} - {places})
-    logits = min(4.0 * places * vocabulary * kernels.storing, KEPT)
-    work = [max(at_work(one, shape, kernels.reading) for shape in shapes) for one in teachers]
-    return _most(Parts(one.bytes, 0.0, 0.0, at, logits) for one, at in zip(teachers, work, strict=True))
+    sizes = {min(chunk, shape.places) for shape in shapes}
+    sizes |= {shape.places % chunk for shape in shapes if shape.places > chunk}
+    copies = kernels.storing + left_over(vocabulary, kernels)
+    logits = together([4.0 * places * vocabulary * copies for places in sizes], kernels)
+
+    def stored(teacher: Sizes) -> Parts:
+        read = over_shapes(shapes, lambda shape: reading(teacher, shape, kernels), kernels)
+        return Parts(teachers=teacher.bytes, activations=read, logits=logits)
+
+    return _most(stored(one) for one in teachers)
 
 
-def validating(recipe: Recipe, models: Models, rows: Rows, vocabulary: int, kernels: Kernels) -> float:
-    """What measuring on `data.valid` takes while the student trains, beside the weights that are there."""
+def validating(
+    recipe: Recipe, models: Models, rows: Rows, vocabulary: int, met: Collection[int], kernels: Kernels
+) -> float:
+    """What measuring on `data.valid` takes while the student trains, beside the weights that are there.
+
+    Args:
+        met: tokens of the batches of training.
+    """
     options = recipe.train
     adaptive = recipe.generate.on_policy is not None and recipe.generate.on_policy.schedule == "adaptive"
     if not rows.valid or not (0 < options.eval_every <= options.steps or adaptive):
         return 0.0
     live = recipe.teacher is not None and recipe.teacher.source != "cache" and not recipe.across_tokenizers
-    measured = [models.student] + ([models.student] if live else [])
-    return measuring(measured, vocabulary, _measured(rows.valid, vocabulary), kernels)
+    measured = [models.student] + ([models.teachers.get("teacher", models.student)] if live else [])
+    return measuring(measured, vocabulary, _measured(rows.valid, vocabulary), kernels, met)
 
 
 def own_rows(recipe: Recipe, models: Models, rows: Rows, vocabulary: int, kernels: Kernels) -> float:
@@ -150,12 +161,7 @@ def _learning(recipe: Recipe, student: Sizes, kernels: Kernels) -> float:
 
 
 def _evaluating(
-    recipe: Recipe,
-    student: Sizes,
-    teacher: Sizes | None,
-    rows: Rows,
-    vocabulary: int,
-    kernels: Kernels,
+    recipe: Recipe, student: Sizes, teacher: Sizes | None, rows: Rows, vocabulary: int, kernels: Kernels
 ) -> Parts:
     options = recipe.evaluate
     compared = [student] + ([teacher] if teacher is not None and not recipe.across_tokenizers else [])

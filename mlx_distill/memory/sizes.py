@@ -13,6 +13,7 @@ class Sizes(NamedTuple):
     layers: int
     hidden: int
     wide: int  # of the feed-forwards that a token meets
+    routed: int  # channels of what its experts give before they are summed up; 0 without experts
     queries: int  # channels of all query heads
     keys: int  # of all key heads, and as many of the value heads
     heads: int
@@ -39,11 +40,13 @@ def sizes_of(
     hidden, heads = number(config, "hidden_size"), number(config, "num_attention_heads")
     size = number(config, "head_dim") or (hidden // heads if heads else 0)
     wide = number(config, "moe_intermediate_size") or number(config, "intermediate_size")
-    wide *= number(config, "num_experts_per_tok") or 1
+    chosen = number(config, "num_experts_per_tok")
+    wide *= chosen or 1
     return Sizes(
         layers=number(config, "num_hidden_layers"),
         hidden=hidden,
         wide=wide,
+        routed=chosen * hidden,
         queries=heads * size,
         keys=(number(config, "num_key_value_heads") or heads) * size,
         heads=heads,

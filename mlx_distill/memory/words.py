@@ -9,25 +9,6 @@ from mlx_distill.memory.parts import Parts
 _HEADING = "memory, GiB"
 
 
-def breakdown(found: Estimate) -> str:
-    """The estimate of training in a line."""
-    parts = {
-        "weights": found.weights,
-        "gradients": found.gradients,
-        "optimizer": found.moments,
-        "update": found.update,
-        "activations": found.activations,
-    }
-    told = ", ".join(f"{name} {gib:.2g}" for name, gib in parts.items() if gib)
-    others = {**found.teachers, "logits": found.logits, "process": found.process}
-    beside = ", ".join(f"{name} {gib:.2g}" for name, gib in others.items() if gib)
-    student = found.student - found.process
-    return (
-        f"memory, estimated: student {student:.2g} GiB ({told}), {beside}; "
-        f"together {found.together:.2g} of {lent(found)}"
-    )
-
-
 def table(found: Estimate) -> Iterator[str]:
     """What each stage takes, part by part, in the order in which they come; then the most of them."""
     stages = found.by_stage

@@ -1,52 +1,68 @@
 """Bytes that work on a batch takes beside weights: what layers keep, what passes through, and logits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from mlx_distill.chunk_size import chunk_of
 from mlx_distill.losses.layer_maps import layer_pairs
 from mlx_distill.losses.menu import MENU, option
+from mlx_distill.losses.sums import BLOCK
 from mlx_distill.memory.batches import Shape
-from mlx_distill.memory.kernels import KEPT, Kernels, Layer
+from mlx_distill.memory.kernels import Kernels
 from mlx_distill.memory.models import Models
 from mlx_distill.memory.sizes import Sizes
 from mlx_distill.recipe import Recipe
 
-OTHERS = 0.45  # share of such work whose buffers batches of as many tokens, but other rows, do not share
-# Arrays over the vocabulary that a divergence from a live teacher holds, as multiples of forward_kl's, whose
-# gradient is written out: measured one by one (docs/memory.md). MLX differentiates the others.
+# Arrays over the vocabulary that losses hold at once: a divergence from a live teacher (one by one), from
+# what a teacher has stored, or a loss on labels.
 ARRAYS = {
-    "forward_kl": 1.0,
-    "total_variation": 1.5,
-    "reverse_kl": 1.7,
-    "skewed_forward_kl": 1.9,
-    "skewed_reverse_kl": 2.0,
-    "adaptive_kl": 2.1,
-    "jensen_shannon": 3.2,
+    "forward_kl": 7.1,
+    "total_variation": 10.1,
+    "reverse_kl": 11.1,
+    "skewed_forward_kl": 13.3,
+    "skewed_reverse_kl": 14.3,
+    "adaptive_kl": 14.6,
+    "jensen_shannon": 21.6,
 }
-LIVING = 0.8  # share of work's arrays that live at its peak; the others were freed before
+FROM_STORED, ON_LABELS = 3.3, 4.2
+ANOTHER = 3.0  # what each more of these two adds; beside a live teacher's it is lost among the others
+HEAD = 1.2  # where the last projection moves
+LIVING = 0.85  # share of work's arrays that live at its peak; the others were freed before
 
 
-def activations(models: Models, recipe: Recipe, shape: Shape, kernels: Kernels) -> float:
+def activations(models: Models, recipe: Recipe, shape: Shape, kernels: Kernels) -> tuple[float, float]:
     """What the student keeps for the backward pass, and what its layer at work needs beside it."""
-    student, layers = models.student, models.adapted * models.student.layers
-    layer = kernels.kept * shape.tokens * student.each * _kept(student, shape.width, kernels)
-    passing = at_work(student, shape, kernels.passing)
+    student = models.student
+    unit = shape.tokens * student.each
+    layer = unit * _kept(student, shape.width)
+    if models.scaled:
+        layer += unit * (2 * student.hidden + student.queries + 2 * student.keys + 2 * student.wide)
+    layers = models.adapted * student.layers
     if recipe.train.gradient_checkpointing:
-        return layer + passing + 0.4 * shape.tokens * student.each * layers * student.hidden
-    return layers * layer + passing
+        return kernels.kept * layers * unit * student.hidden, (kernels.kept + kernels.passing) * layer
+    return kernels.kept * layers * layer, kernels.passing * layer
 
 
-def _kept(model: Sizes, width: int, kernels: Kernels) -> float:
-    """Numbers a token that a layer keeps: norms and sums; queries, keys, values and what is made of them; the
-    probabilities of attention; gate, up, and what is made of these."""
+def _kept(model: Sizes, width: int) -> float:
+    """Numbers a token that a layer keeps: what its norms read and give, and sums; queries, keys, values and
+    what is made of them; the probabilities of attention; gate, up, and what is made of these."""
     attention = 4 * model.queries + 2 * model.keys + model.heads * width
-    return kernels.norms * model.hidden + attention + 5 * model.wide
+    return 6 * model.hidden + attention + 5 * model.wide + 3 * model.routed
 
 
-def at_work(model: Sizes, shape: Shape, layer: Layer) -> float:
-    """Bytes of the layer that is computed."""
-    attention, wide, hidden = layer
-    numbers = attention * model.heads * shape.width + wide * model.wide + hidden * model.hidden
+def reading(model: Sizes, shape: Shape, kernels: Kernels, beside: Sizes | None = None) -> float:
+    """Bytes of a model that reads, beside its logits.
+
+    Args:
+        beside: a model at work on the same batch, with which it shares arrays of the same size.
+    """
+    attention, wide, hidden = kernels.reading
+    numbers = 0.0
+    if beside is None or beside.heads != model.heads:
+        numbers += attention * model.heads * shape.width
+    if beside is None or beside.wide != model.wide:
+        numbers += wide * model.wide
+    if beside is None or beside.hidden != model.hidden:
+        numbers += hidden * model.hidden + model.routed
     return shape.tokens * model.each * numbers
 
 
@@ -70,15 +86,17 @@ def features(models: Models, recipe: Recipe, shape: Shape) -> float:
     return found
 
 
-def logits(recipe: Recipe, vocabulary: int, live: int, shapes: Sequence[Shape], kernels: Kernels) -> float:
-    """Arrays of one chunk, and of the last ones of batches, which are of other sizes.
+def logits(
+    recipe: Recipe, vocabulary: int, live: int, shapes: Sequence[Shape], kernels: Kernels
+) -> list[float]:
+    """Arrays of a chunk, and of the last ones of batches, which are of other sizes: bytes of each size.
 
     Args:
         live: teachers whose logits stand beside the student's.
     """
     families = [MENU[name].family for name in recipe.objective]
     if not {"token", "exit", "spans"} & {*families}:
-        return 0.0
+        return []
     exits = {
         layer
         for name, term in recipe.objective.items()
@@ -87,53 +105,101 @@ def logits(recipe: Recipe, vocabulary: int, live: int, shapes: Sequence[Shape], 
     }
     beside = live if any(MENU[name].needs_teacher for name in recipe.objective) else 0
     chunk = chunk_of(recipe.train.logits_mib, vocabulary, logits=1 + len(exits) + beside)
-    places = max(min(chunk, shape.places) for shape in shapes)
-    if kernels.freed:
-        places += sum({shape.places % chunk for shape in shapes if shape.places > chunk})
-    most = max(ARRAYS.get(name, 1.0) for name in recipe.objective)
-    copies = kernels.divergence * most * (1 + beside) / 2 if beside else kernels.loss
-    return 4.0 * vocabulary * places * copies * (1 + 0.5 * len(exits))
+    on_tokens = [name for name in recipe.objective if MENU[name].family == "token"]
+    # The last chunk of a batch is smaller, and so are its arrays.
+    sizes = {min(chunk, shape.places) for shape in shapes}
+    sizes |= {shape.places % chunk for shape in shapes if shape.places > chunk}
+    if beside:
+        most = max([ARRAYS["forward_kl"], *(ARRAYS.get(name, 0.0) for name in on_tokens)])
+        arrays = most * (1 + beside) / 2
+    else:
+        each = [FROM_STORED if name in ARRAYS else ON_LABELS for name in on_tokens]
+        arrays = max(each, default=ON_LABELS) + ANOTHER * max(0, len(each) - 1)
+    arrays += HEAD if recipe.student.method == "full" else 0.0
+    arrays *= kernels.logits * (1 + 0.5 * len(exits))
+    return [4.0 * vocabulary * places * arrays for places in sorted(sizes)]
 
 
 def over_shapes(shapes: Sequence[Shape], bytes_of: Callable[[Shape], float], kernels: Kernels) -> float:
     """Work on batches of several shapes, one after the other.
 
-    What grows with tokens alone has, for the most part, buffers of one size where batches have as many
-    tokens, whatever their width; attention has its own.
+    What grows with tokens alone has buffers of one size where batches have as many tokens, whatever their
+    width; attention has its own.
     """
-    tokens, attention = dict[int, list[float]](), dict[int, float]()
+    tokens, attention = dict[int, float](), dict[int, float]()
     for shape in {shape[:2]: shape for shape in shapes}.values():
         flat = bytes_of(Shape(shape.tokens, 1, shape.places))
-        tokens.setdefault(shape.tokens, []).append(flat)
+        tokens[shape.tokens] = flat
         attention[shape.tokens * shape.width] = bytes_of(shape) - flat
-    flats = sum(max(same) + OTHERS * (sum(same) - max(same)) for same in tokens.values())
     largest = max(bytes_of(shape) for shape in shapes)
-    return _with_freed(largest, flats + sum(attention.values()) - largest, kernels)
+    return with_freed(largest, sum(tokens.values()) + sum(attention.values()), kernels)
 
 
 def together(each: Sequence[float], kernels: Kernels) -> float:
     """Bytes of work done one after the other, of sizes that differ: the largest, and what was freed."""
-    largest = max(each, default=0.0)
-    return _with_freed(largest, sum(each) - largest, kernels)
+    return with_freed(max(each, default=0.0), sum(each), kernels)
 
 
-def _with_freed(largest: float, others: float, kernels: Kernels) -> float:
-    """The largest work, and what others have left behind, as far as the allocator keeps it."""
-    return max(largest, min(largest + kernels.freed * others, LIVING * largest + KEPT))
+def with_freed(largest: float, whole: float, kernels: Kernels, living: float | None = None) -> float:
+    """Bytes of work whose largest part takes so much, and all of it so much, as the allocator keeps them.
+
+    It gives a freed array only to one of the same size, to 8 KiB, and keeps so many bytes beside what lives.
+
+    Args:
+        living: of the largest part, at most at a time; None: nearly all of it.
+    """
+    if living is None or not kernels.keeps:
+        return max(largest, min(whole, LIVING * largest + kernels.keeps))
+    return min(whole, living + kernels.keeps)
 
 
-def measuring(models: Sequence[Sizes], vocabulary: int, shapes: Sequence[Shape], kernels: Kernels) -> float:
-    """A model whose logits over whole batches are compared with labels; with a teacher, if there are two."""
+def measuring(
+    models: Sequence[Sizes],
+    vocabulary: int,
+    shapes: Sequence[Shape],
+    kernels: Kernels,
+    met: Collection[int] = (),
+) -> float:
+    """A model whose logits over whole batches are compared with labels; with a teacher, if there are two.
+
+    Args:
+        met: tokens of batches that the same models have read before, and left arrays of those sizes behind.
+    """
     copies = kernels.comparing if len(models) > 1 else kernels.measuring
+    copies += left_over(vocabulary, kernels) * (4 if len(models) > 1 else 1)
 
     def bytes_of(shape: Shape) -> float:
-        return at_work(models[0], shape, kernels.reading) + 4.0 * shape.tokens * vocabulary * copies
+        if kernels.keeps and shape.tokens in met:
+            return 4.0 * shape.tokens * vocabulary * copies
+        first, *others = models
+        beside = [reading(one, shape, kernels, first) for one in others]
+        read = together([reading(first, shape, kernels), *beside], kernels)
+        return read + 4.0 * shape.tokens * vocabulary * copies
 
     return over_shapes(shapes, bytes_of, kernels) if shapes else 0.0
+
+
+def scoring(model: Sizes, vocabulary: int, shapes: Sequence[Shape], kernels: Kernels) -> float:
+    """A model that tells how likely the counted tokens of rows are."""
+    whole, counted = kernels.scoring
+    counted += left_over(vocabulary, kernels)
+
+    def bytes_of(shape: Shape) -> float:
+        return reading(model, shape, kernels) + 4.0 * shape.tokens * vocabulary * whole
+
+    places = [4.0 * vocabulary * counted * places for places in {shape.places for shape in shapes}]
+    read = [over_shapes(shapes, bytes_of, kernels), together(places, kernels)]
+    most = max(bytes_of(shape) for shape in shapes) + max(places)
+    return with_freed(most, sum(read), kernels)
+
+
+def left_over(vocabulary: int, kernels: Kernels) -> float:
+    """Copies of logits that sums over the vocabulary make, where its last block is smaller."""
+    return kernels.left_over if vocabulary >= 2 * BLOCK and vocabulary % BLOCK else 0.0
 
 
 def writing(model: Sizes, vocabulary: int, rows: int, prompt: int, answer: int, kernels: Kernels) -> float:
     """Answers of a batch: keys and values of every token, and logits of the last one."""
     tokens = prompt + answer
-    prefill = at_work(model, Shape(rows, prompt, rows), kernels.reading)
+    prefill = reading(model, Shape(rows, prompt, rows), kernels)
     return kernels.written * rows * tokens * model.state + 4.0 * rows * vocabulary * kernels.drawing + prefill
