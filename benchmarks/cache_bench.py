@@ -289,7 +289,9 @@ def students(seeds: list[int], steps: int) -> None:
 
 def kept_lines() -> list[dict[str, Any]]:
     path = RESULTS / "cache.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    )
 
 
 def table() -> None:

@@ -68,7 +68,7 @@ def make(folder: Path, config: dict[str, Any]) -> tuple[int, float]:
     model_class, arguments = _get_classes(config)
     parameters: Any = tree_flatten(model_class(arguments.from_dict(dict(config))).parameters())
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     total = 0
     for number in range(FILES):
         header, end = {}, 0

@@ -123,7 +123,7 @@ def calls(save: str = ATOMIC) -> list[Call]:
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "log"
         _write(Path(scratch) / "checkpoints", save, ["-o", str(log), "-e", "trace=all"])
-        return between_marks(log.read_text())
+        return between_marks(log.read_text(encoding="utf-8"))
 
 
 def between_marks(log: str) -> list[Call]:
@@ -195,7 +195,7 @@ def state(folder: Path) -> str:
     found = checkpoint.newest(folder, "")
     if found is None:
         return f"no checkpoint; {sorted(path.name for path in folder.iterdir())}"
-    step = json.loads((found / checkpoint.MANIFEST).read_text())["counters"]["step"]
+    step = json.loads((found / checkpoint.MANIFEST).read_text(encoding="utf-8"))["counters"]["step"]
     weights: Any = mx.load(str(found / "weights.safetensors"))
     values = {float(value) for array in weights.values() for value in array.flatten().tolist()}
     if values != {float(step)}:

@@ -205,7 +205,9 @@ def replays() -> dict[str, float | None]:
 
 
 def kept(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    )
 
 
 def table(lines: list[dict[str, Any]]) -> None:

@@ -92,7 +92,7 @@ def trained(folder: Path, size: int, options: list[str]) -> tuple[list[float], f
     for rank, process in enumerate(processes):
         if process.wait():
             raise SystemExit(f"rank {rank} ended with {process.returncode}")
-    lines = (folder / "runs" / f"of-{size}" / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / "runs" / f"of-{size}" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     values = [json.loads(line) for line in lines]
     speeds = [one["tokens_per_second"] for one in values[10:]]
     return [one["loss"] for one in values], statistics.median(speeds)
@@ -122,7 +122,7 @@ def start(
     hosts = [[f"127.0.0.1:{server.getsockname()[1]}"] for server in servers]
     for server in servers:
         server.close()
-    (folder / "hosts.json").write_text(json.dumps(hosts))
+    (folder / "hosts.json").write_text(json.dumps(hosts), encoding="utf-8")
     found = []
     for rank in range(size):
         several = {"MLX_HOSTFILE": str(folder / "hosts.json"), "MLX_RANK": str(rank)} if size > 1 else {}

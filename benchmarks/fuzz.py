@@ -137,8 +137,10 @@ def _make_runs(root: Path) -> None:
         assert code == 0, err
     shutil.copytree(root / "runs" / "whole", root / "runs" / "half")
     stages = root / "runs" / "half" / "stages.json"
-    told = json.loads(stages.read_text())
-    stages.write_text(json.dumps({name: told[name] for name in ("generate", "score", "cache", "prune")}))
+    told = json.loads(stages.read_text(encoding="utf-8"))
+    stages.write_text(
+        json.dumps({name: told[name] for name in ("generate", "score", "cache", "prune")}), encoding="utf-8"
+    )
 
 
 def check_sound(root: Path, kinds: Sequence[str]) -> None:

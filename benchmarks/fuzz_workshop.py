@@ -64,11 +64,11 @@ def fill(root: Path) -> None:
     _write_lines(root / "mbpp.jsonl", [TASK])
     _write_lines(root / "answer.json", [ANSWER])
     _write_lines(root / "models.json", [{"data": [{"id": "tiny"}]}])
-    (root / "recipe.yaml").write_text(RECIPE)
+    (root / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
 
 
 def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 @contextmanager

@@ -102,7 +102,7 @@ def disturbed(folder: Path, name: str, kills: int, chance: random.Random, longes
 def reached(run: Path) -> str:
     """What a run that was killed was doing."""
     stages = run / "stages.json"
-    told = stages.read_text() if stages.exists() else ""
+    told = stages.read_text(encoding="utf-8") if stages.exists() else ""
     if '"cache"' in told:
         return "ending"
     if '"generate"' in told:
@@ -134,7 +134,7 @@ def main() -> None:
     chance, when, runs, off = random.Random(arguments.seed), Counter[str](), 0, list[str]()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        (folder / "kills.yaml").write_text(RECIPE)
+        (folder / "kills.yaml").write_text(RECIPE, encoding="utf-8")
         process = started(folder, "undisturbed")
         begun(process)
         began = time.perf_counter()

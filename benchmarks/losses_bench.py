@@ -224,12 +224,12 @@ def watch_memory() -> float | None:
     peak = Path("/proc/self/clear_refs")
     if not peak.exists() or mx.default_device() != mx.cpu:
         return None
-    peak.write_text("5")
+    peak.write_text("5", encoding="utf-8")
     return resident("VmRSS")
 
 
 def resident(key: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024 / 1e6
 
 

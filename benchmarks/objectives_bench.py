@@ -216,7 +216,9 @@ def run(scenario: str, seed: int, known: set[tuple[str, int, str]]) -> None:
 
 def kept() -> list[dict[str, Any]]:
     path = RESULTS / "objectives.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    )
 
 
 def table() -> None:

@@ -233,7 +233,9 @@ def keep(
 
 def kept() -> list[dict[str, Any]]:
     path = RESULTS / "on_policy.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    )
 
 
 def table() -> None:

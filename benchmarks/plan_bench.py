@@ -382,10 +382,10 @@ def build(case: Case, folder: Path) -> None:
             {"prompt": " ".join(text[: case.prompt]) + " ", "completion": " ".join(text[case.prompt :])}
         )
     lines = [json.dumps(row) + "\n" for row in rows]
-    (folder / "train.jsonl").write_text("".join(lines))
-    (folder / "valid.jsonl").write_text("".join(lines[:16]))
+    (folder / "train.jsonl").write_text("".join(lines), encoding="utf-8")
+    (folder / "valid.jsonl").write_text("".join(lines[:16]), encoding="utf-8")
     asked = [json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows]
-    (folder / "prompts.jsonl").write_text("".join(asked))
+    (folder / "prompts.jsonl").write_text("".join(asked), encoding="utf-8")
 
 
 def words(size: int) -> Any:
@@ -445,7 +445,7 @@ def run_one(case: Case, folder: Path) -> None:
     from mlx_distill.recipe import decode
 
     made = run(decode(recipe_of(case, folder)), Console(), upto=case.upto, root=folder / "runs")
-    found = json.loads((made / "memory.json").read_text())
+    found = json.loads((made / "memory.json").read_text(encoding="utf-8"))
     # Since the process began; on a GPU a run sets it back at each stage, and measures by it anyway.
     print(json.dumps({**found, "counter": mx.get_peak_memory() / 2**30}))
 

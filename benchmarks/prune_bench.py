@@ -190,7 +190,9 @@ def ratios(seeds: list[int]) -> None:
 
 def kept_lines() -> list[dict[str, Any]]:
     path = RESULTS / "prune.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    )
 
 
 def table() -> None:

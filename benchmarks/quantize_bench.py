@@ -297,7 +297,9 @@ def ratios() -> None:
 
 def kept_lines() -> list[dict[str, Any]]:
     path = RESULTS / "quantize.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    )
 
 
 def name_of(line: dict[str, Any]) -> tuple[str, Any]:

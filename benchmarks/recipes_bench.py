@@ -55,10 +55,13 @@ def run(recipe: str, seed: int, labels: int | None, overrides: list[str]) -> dic
     if not (folder / "report.html").exists():
         command = [sys.executable, "-m", "mlx_distill", "run", recipe, *settings, *overrides]
         subprocess.run([*command, *(["--resume"] if folder.exists() else [])], check=True, stdout=sys.stderr)
-        (folder / "seconds").write_text(str(time.perf_counter() - started))
-    models = json.loads((folder / "evaluation.json").read_text())["models"]
+        (folder / "seconds").write_text(str(time.perf_counter() - started), encoding="utf-8")
+    models = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["models"]
     seconds = folder / "seconds"
-    return {"models": models, "seconds": float(seconds.read_text()) if seconds.exists() else None}
+    return {
+        "models": models,
+        "seconds": float(seconds.read_text(encoding="utf-8")) if seconds.exists() else None,
+    }
 
 
 def summary(

@@ -110,15 +110,14 @@ def disturb(folder: Path, chance: random.Random, stages: "Counter[str]", kills: 
             stages[stage_of(folder)] += 1
             continue
         if process.returncode:
-            raise SystemExit(
-                f"{folder}: ended with {process.returncode}: {(folder / 'log').read_text()[-2000:]}"
-            )
+            last = (folder / "log").read_text(encoding="utf-8")[-2000:]
+            raise SystemExit(f"{folder}: ended with {process.returncode}: {last}")
         return
 
 
 def started(folder: Path) -> "subprocess.Popen[bytes]":
     folder.mkdir(exist_ok=True)
-    (folder / "soak.yaml").write_text(RECIPE)
+    (folder / "soak.yaml").write_text(RECIPE, encoding="utf-8")
     with open(folder / "log", "ab") as log:
         return subprocess.Popen(RUN, cwd=folder, stdout=log, stderr=log, start_new_session=True)
 
@@ -128,7 +127,7 @@ def finished(folder: Path) -> float:
     before = time.monotonic()
     process = started(folder)
     if process.wait():
-        raise SystemExit((folder / "log").read_text()[-2000:])
+        raise SystemExit((folder / "log").read_text(encoding="utf-8")[-2000:])
     return time.monotonic() - before
 
 
@@ -139,7 +138,7 @@ def stage_of(folder: Path) -> str:
     path = folder / "runs" / "soak" / "stages.json"
     if not path.parent.is_dir():
         return "before it began"
-    done = json.loads(path.read_text()) if path.exists() else {}
+    done = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return next((name for name in STAGES if name not in done), "after the end")
 
 
@@ -151,11 +150,11 @@ def left_by(folder: Path) -> dict[str, str]:
         name = str(path.relative_to(run))
         if path.is_file() and name.split("/")[0] in ("models", "samples", "cache", "probes"):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
     for metrics in evaluation["models"].values():
         metrics.pop("train_seconds", None)
     found["evaluation.json"] = json.dumps(evaluation)
-    page = (run / "report.html").read_text()
+    page = (run / "report.html").read_text(encoding="utf-8")
     shown = Counter(re.findall(r'<data value="([^"]*)"', page))
     written = [value for metrics in evaluation["models"].values() for value in metrics.values()]
     numbers = [repr(value) for value in written if isinstance(value, (int, float))]

@@ -32,7 +32,9 @@ def _busy() -> tuple[float, float]:
     path = Path("/proc/stat")
     if not path.exists():
         return 0.0, 0.0
-    ticks = [int(number) / os.sysconf("SC_CLK_TCK") for number in path.read_text().split()[1:9]]
+    ticks = [
+        int(number) / os.sysconf("SC_CLK_TCK") for number in path.read_text(encoding="utf-8").split()[1:9]
+    ]
     idle = ticks[3] + ticks[4]
     return idle, sum(ticks) - idle
 

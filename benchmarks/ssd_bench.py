@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print what is kept, and run nothing")
     arguments = parser.parse_args()
     out = RESULTS / "ssd.jsonl" if arguments.record else arguments.out
-    kept = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    kept = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
     if arguments.table:
         table(kept)
         return

@@ -71,7 +71,7 @@ def run(folder: Path, variant: str, seed: int, teacher: Path, overrides: list[st
         command = [sys.executable, "-m", "mlx_distill", "run", "other_tokenizer", *settings]
         command += [*VARIANTS[variant], *overrides, "--overwrite"]
         subprocess.run(command, check=True, stdout=sys.stderr, cwd=folder)
-    return json.loads(result.read_text())["models"]
+    return json.loads(result.read_text(encoding="utf-8"))["models"]
 
 
 def write_data(folder: Path, stories: Path) -> None:

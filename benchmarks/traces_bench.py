@@ -102,7 +102,9 @@ def main() -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    )
 
 
 def trained(folder: Path, overrides: list[str]) -> Loaded:
@@ -130,8 +132,11 @@ def kept_answers(folder: Path, teacher: Loaded, options: Recipe) -> list[Row]:
             batch_size=options.generate.batch_size,
         )
         texts = [decode_answer(answer.tokens, teacher.tokenizer) for answer in answers]
-        path.write_text(json.dumps(texts))
-    whole = [answered(row, text) for row, text in zip(rows, json.loads(path.read_text()), strict=True)]
+        path.write_text(json.dumps(texts), encoding="utf-8")
+    whole = [
+        answered(row, text)
+        for row, text in zip(rows, json.loads(path.read_text(encoding="utf-8")), strict=True)
+    ]
     return [row for row in whole if score(row, split(row.completion or "", marks)[1])]
 
 

@@ -57,7 +57,7 @@ def library_in_front() -> str | None:
         address = ctypes.cast(ctypes.CDLL(None).cblas_sgemm, ctypes.c_void_p).value or 0
     except AttributeError:
         return None
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
         start, _, end = line.split(maxsplit=1)[0].partition("-")
         if int(start, 16) <= address < int(end, 16):
             return line.split(maxsplit=5)[-1]

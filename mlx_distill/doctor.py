@@ -71,7 +71,7 @@ def memory_gib() -> float | None:
     with suppress(OSError, ValueError):
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     with suppress(OSError, ValueError):
-        found.append(int(LIMIT.read_text()))  # "max" where there is none
+        found.append(int(LIMIT.read_text(encoding="utf-8")))  # "max" where there is none
     return min((size for size in found if size > 0), default=0) / GIB or None
 
 
@@ -204,7 +204,11 @@ def chip() -> str:
     if on_mac():
         name = subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
     elif info.is_file():
-        models = [line.split(":", 1)[1] for line in info.read_text().splitlines() if "model name" in line]
+        models = [
+            line.split(":", 1)[1]
+            for line in info.read_text(encoding="utf-8").splitlines()
+            if "model name" in line
+        ]
         name = models[0].strip() if models else name
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{name}, {cores} cores"

@@ -161,7 +161,7 @@ def is_alive(state: Mapping[str, Any]) -> bool | None:
 def _born(pid: int) -> str | None:
     """When a process started, in its system's own count; None off Linux, "gone" for one that has ended."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     except OSError:
         return None
     state, *fields = text.rpartition(")")[2].split()  # the name before may hold anything

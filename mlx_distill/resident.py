@@ -28,8 +28,8 @@ def resident(name: str, *, reset_peak: bool = False) -> int | None:
     """VmRSS (now) or VmHWM (peak) of this process in bytes, where Linux tells; None elsewhere."""
     try:
         if reset_peak:
-            Path("/proc/self/clear_refs").write_text("5")
-        lines = Path("/proc/self/status").read_text().splitlines()
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)

@@ -145,7 +145,7 @@ def check_same(folder: Path, options: Recipe, fingerprint: str) -> None:
     """
     known = folder / FINGERPRINT
     try:
-        found = known.read_text(errors="replace").strip()
+        found = known.read_text(errors="replace", encoding="utf-8").strip()
     except FileNotFoundError:
         return
     except OSError as error:

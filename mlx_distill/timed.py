@@ -18,7 +18,7 @@ class Timed(NamedTuple):
     def of(cls, folder: Path, fingerprint: str) -> Self | None:
         """None where the folder holds no run of this fingerprint, or one that cannot be read."""
         try:
-            if (folder / FINGERPRINT).read_text().strip() != fingerprint:
+            if (folder / FINGERPRINT).read_text(encoding="utf-8").strip() != fingerprint:
                 return None
             lines = _objects(folder / "metrics.jsonl")
             times = folder / "times.json"

@@ -41,9 +41,9 @@ class World:
         for path in self.outside.iterdir():
             if path.name not in ("kept", "unix", "letters"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        (self.home / "secret").write_text(self.token)
+        (self.home / "secret").write_text(self.token, encoding="utf-8")
         self.outside.joinpath("kept").unlink(missing_ok=True)
-        self.outside.joinpath("kept").write_text("kept")
+        self.outside.joinpath("kept").write_text("kept", encoding="utf-8")
         self.home.joinpath("mark").unlink(missing_ok=True)
         if self.canary.poll() is not None:
             self.canary = _canary()
@@ -54,7 +54,11 @@ class World:
         kept = self.outside / "kept"
         if sorted(path.name for path in self.outside.iterdir()) != ["kept", "letters", "unix"]:
             yield "changed a folder outside"
-        elif kept.read_text() != "kept" or kept.stat().st_mode & 0o777 != 0o644 or kept.stat().st_mtime < 9:
+        elif (
+            kept.read_text(encoding="utf-8") != "kept"
+            or kept.stat().st_mode & 0o777 != 0o644
+            or kept.stat().st_mtime < 9
+        ):
             yield "changed a file outside"
         elif sys.platform == "linux" and os.listxattr(kept):
             yield "gave a file outside an attribute"
@@ -71,19 +75,20 @@ class World:
 @contextlib.contextmanager
 def world() -> Iterator[World]:
     """Lay it out, and take it away again."""
+    place = Path.home() if os.access(Path.home(), os.W_OK) else None  # one that is read-only is left alone
     with (
-        tempfile.TemporaryDirectory(prefix=".mlx_distill-attack-", dir=Path.home()) as home,
+        tempfile.TemporaryDirectory(prefix=".mlx_distill-attack-", dir=place) as home,
         tempfile.TemporaryDirectory(prefix="mlx_distill-attack-") as outside,
         contextlib.ExitStack() as stack,
     ):
         token = "lo" + "ot-" + secrets.token_hex(8)
-        Path(home, "secret").write_text(token)
-        Path(home, "planted.py").write_text(f"content = {token!r}")
+        Path(home, "secret").write_text(token, encoding="utf-8")
+        Path(home, "planted.py").write_text(f"content = {token!r}", encoding="utf-8")
         with contextlib.closing(sqlite3.connect(Path(home, "secret.db"))) as database:
             database.execute("create table t (x)")
             database.execute("insert into t values (?)", (token,))
             database.commit()
-        Path(outside, "kept").write_text("kept")
+        Path(outside, "kept").write_text("kept", encoding="utf-8")
         Path(outside, "kept").chmod(0o644)
         abstract = f"\0mlx_distill-{secrets.token_hex(4)}"
         stream, letters = socket.SOCK_STREAM, socket.SOCK_DGRAM

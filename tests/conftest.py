@@ -1,5 +1,6 @@
 """Fixtures that every test may use."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,11 @@ import pytest
 import mlx_distill  # noqa: F401 - before any test imports mlx.core: it puts a fast BLAS in front
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+# `nohup`, and a shell's `&`, have the tests and their processes ignore what some of them send.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 
 @pytest.fixture(scope="session")

@@ -19,9 +19,9 @@ def broken(folder: Path, *changes: tuple[str, str, str]) -> Path:
     shutil.copytree(worker.CODE / "child", code / "child")
     for name, old, new in changes:
         path = code / "child" / name
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         assert text.count(old) == 1, (name, old)
-        path.write_text(text.replace(old, new))
+        path.write_text(text.replace(old, new), encoding="utf-8")
     return code
 
 

@@ -56,7 +56,7 @@ def sides(shared: Path, repository: Path) -> dict[str, Side]:
 
 @pytest.fixture(scope="module")
 def stories(shared: Path) -> list[str]:
-    text = (shared / "data" / "tinystories" / "stories.txt").read_text()
+    text = (shared / "data" / "tinystories" / "stories.txt").read_text(encoding="utf-8")
     return [story.strip() for story in text.split("<|endoftext|>") if 0 < len(story) < 800][:40]
 
 

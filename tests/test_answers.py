@@ -69,8 +69,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Questions for the embedded teacher, and a recipe that has it answer them twice each."""
     root = tmp_path_factory.mktemp("answers")
     asked = [{"prompt": row.prompt, "tests": row.tests} for row in pocket.rows("code", "train", 20)]
-    (root / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
-    (root / "recipe.yaml").write_text(RECIPE)
+    (root / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
+    (root / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     return root
 
 
@@ -159,8 +159,8 @@ def test_blocks_and_batches_leave_what_is_written_alone(folder: Path, whole: Wro
     assert sorted(found.bytes) == [*GENERATED, "written/00000.jsonl"]
     assert found.bytes["generated.jsonl"] == whole.bytes["generated.jsonl"]
     # In another order, each prompt has its own answers still.
-    rows = (folder / "asked.jsonl").read_text().splitlines(keepends=True)
-    (folder / "turned.jsonl").write_text("".join(rows[::-1]))
+    rows = (folder / "asked.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "turned.jsonl").write_text("".join(rows[::-1]), encoding="utf-8")
     turned = write(folder, tmp_path / "turned", "data.prompts=turned.jsonl").rows
     assert [row["tokens"] for row in turned[::2]] == [row["tokens"] for row in whole.rows[::2]][::-1]
 
@@ -238,7 +238,7 @@ def test_when_all_is_dropped_the_filters_are_named(folder: Path, tmp_path: Path)
     ) as e:
         write(folder, tmp_path / "a", *few, "generate.max_tokens=1")
     assert "raise `generate.max_tokens`?" in str(e.value)
-    assert (tmp_path / "a" / "samples" / "generated.jsonl").read_text().count("\n") == 3
+    assert (tmp_path / "a" / "samples" / "generated.jsonl").read_text(encoding="utf-8").count("\n") == 3
     with pytest.raises(DataError, match=r"dropped: 3 min_tokens\); loosen `generate.filters.min_tokens`\?"):
         write(folder, tmp_path / "b", *few, "generate.filters.min_tokens=39")
     with pytest.raises(DataError, match=r"3 longer than data.max_tokens 28\); raise `data.max_tokens`\?"):

@@ -107,15 +107,15 @@ def test_the_student_learns_behind_the_bare_question(folder: Path) -> None:
         assert other.shown[-len(one.tokens) :] == one.tokens
         assert len(other.shown) == len(one.tokens) + sum(len(row.tokens) for row in plain.train[:2])
     # What the examples say decides what is written, so another file is another run.
-    text = (folder / "good.jsonl").read_text()
-    (folder / "more.jsonl").write_text(text)
+    text = (folder / "good.jsonl").read_text(encoding="utf-8")
+    (folder / "more.jsonl").write_text(text, encoding="utf-8")
     before = prepared(examples={"source": "more.jsonl", "rows": 2}).fingerprint
-    (folder / "more.jsonl").write_text(text.replace("return", "yield"))
+    (folder / "more.jsonl").write_text(text.replace("return", "yield"), encoding="utf-8")
     assert prepared(examples={"source": "more.jsonl", "rows": 2}).fingerprint != before
 
 
 def test_examples_need_answers(folder: Path) -> None:
-    (folder / "bare.jsonl").write_text('{"prompt": "x"}\n')
+    (folder / "bare.jsonl").write_text('{"prompt": "x"}\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"bare.jsonl:1: no answer; a row of `generate.examples` needs one"):
         prepared(examples="bare.jsonl")
     with pytest.raises(DataError, match=r"^generate.examples: `start` is 12; good.jsonl has only 12 rows"):

@@ -23,8 +23,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = workshop.make(tmp_path_factory.mktemp("workshop"))
     for name in ("gemma2", "deepseek_v3"):
         shutil.copytree(root / "teacher", root / name)
-        config = {**json.loads((root / "teacher" / "config.json").read_text()), **tiny_config(name)}
-        (root / name / "config.json").write_text(json.dumps(config))
+        config = {
+            **json.loads((root / "teacher" / "config.json").read_text(encoding="utf-8")),
+            **tiny_config(name),
+        }
+        (root / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
     deep = Shape(**{**SHAPE, "num_hidden_layers": 4})
     models.save(root / "deep", models.build(deep, load_tokenizer(root / "teacher"), 4))
     return root
@@ -220,7 +223,7 @@ def test_only_the_relations_compared_need_to_share(folder: Path) -> None:
     """Grouped keys are 16 wide; queries alone are 32."""
     grouped = Shape(**{**SHAPE, "num_key_value_heads": 1}).model_dump()
     (folder / "grouped").mkdir(exist_ok=True)
-    (folder / "grouped" / "config.json").write_text(json.dumps(grouped))
+    (folder / "grouped" / "config.json").write_text(json.dumps(grouped), encoding="utf-8")
     heads = {"heads": 32, "relations": ["queries"]}
     checked(folder, {"attention_relations": heads}, teacher="grouped", student="grouped")
     with pytest.raises(RecipeError, match="width 16 in the student's"):

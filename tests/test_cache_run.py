@@ -31,17 +31,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def metrics(folder: Path, name: str) -> list[dict[str, Any]]:
-    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [line for line in map(json.loads, lines) if "forward_kl" in line]
 
 
 def stages(folder: Path, name: str) -> dict[str, Any]:
-    return json.loads((folder / "runs" / name / "stages.json").read_text())
+    return json.loads((folder / "runs" / name / "stages.json").read_text(encoding="utf-8"))
 
 
 def forget(folder: Path, name: str, *gone: str) -> None:
     kept = {stage: result for stage, result in stages(folder, name).items() if stage not in gone}
-    (folder / "runs" / name / "stages.json").write_text(json.dumps(kept))
+    (folder / "runs" / name / "stages.json").write_text(json.dumps(kept), encoding="utf-8")
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -125,7 +125,10 @@ def test_a_cache_is_made_alone_and_gone_on_from(
 
     # What was left by another run is not believed.
     manifest = run / "cache" / "teacher" / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "tokenizer": "89" * 32}))
+    manifest.write_text(
+        json.dumps({**json.loads(manifest.read_text(encoding="utf-8")), "tokenizer": "89" * 32}),
+        encoding="utf-8",
+    )
     forget(folder, "stored", "train")
     ended = command(folder, capsys, "train", *CACHED, name, "--resume")
     assert ended.code == 2
@@ -146,7 +149,8 @@ def test_answers_of_the_teacher_are_stored_too(folder: Path, capsys: pytest.Capt
     assert done["generate"]["kept"] > 0
     assert done["train"]["rows"] == 6 + done["generate"]["kept"]
     shards = [
-        json.loads(path.read_text()) for path in (folder / "runs/answered/cache/teacher").glob("0*.json")
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in (folder / "runs/answered/cache/teacher").glob("0*.json")
     ]
     assert sum(shard["rows"] for shard in shards) == done["train"]["rows"]
 
@@ -229,7 +233,7 @@ def test_hidden_states_from_a_cache(folder: Path, capsys: pytest.CaptureFixture[
     for one, other in zip(metrics(folder, "h-live"), metrics(folder, "h-cached"), strict=True):
         for loss in ("forward_kl", "hidden_mse"):
             assert other[loss] == pytest.approx(one[loss], rel=1e-3), loss
-    manifest = json.loads((folder / "runs/h-cached/cache/teacher/manifest.json").read_text())
+    manifest = json.loads((folder / "runs/h-cached/cache/teacher/manifest.json").read_text(encoding="utf-8"))
     assert (manifest["hidden"], manifest["layers"]) == ([0, 1, 2], 2)
 
 
@@ -255,7 +259,7 @@ def test_auto_follows_the_memory(
     assert ended.code == 0
     assert said in ended.out
     run = folder / "runs" / name
-    assert f"source: {source}" in (run / "recipe.yaml").read_text()
+    assert f"source: {source}" in (run / "recipe.yaml").read_text(encoding="utf-8")
     assert (run / "cache").exists() == (source == "cache")
     # A run goes on with what was decided, as its own recipe says.
     again = ["train", f"runs/{name}/recipe.yaml", "--resume"]

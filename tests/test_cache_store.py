@@ -206,15 +206,15 @@ def test_another_cache_is_refused_by_the_field_that_differs(
 
 def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
     (tmp_path / "letters").mkdir()
-    (tmp_path / "letters" / "a.txt").write_text("dear")
+    (tmp_path / "letters" / "a.txt").write_text("dear", encoding="utf-8")
     with pytest.raises(DataError, match=r"`teacher.cache`: \S+letters is no cache and not empty"):
         refuse_other(tmp_path / "letters", {})
     (tmp_path / "empty").mkdir()
     refuse_other(tmp_path / "empty", {})
-    (tmp_path / "file").write_text("x")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
     with pytest.raises(DataError, match="is no cache"):
         refuse_other(tmp_path / "file", {})
-    (tmp_path / "letters" / "manifest.json").write_text("{")
+    (tmp_path / "letters" / "manifest.json").write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match=r"manifest\.json cannot be read; remove the folder"):
         refuse_other(tmp_path / "letters", {})
 
@@ -233,7 +233,7 @@ BROKEN = {
     "00001.safetensors, a byte short": cut,
     "00001.safetensors, a bit in the middle": flip,
     "00001.safetensors, gone": Path.unlink,
-    "00001.json, cut": lambda path: path.write_text(path.read_text()[:60]),
+    "00001.json, cut": lambda path: path.write_text(path.read_text(encoding="utf-8")[:60], encoding="utf-8"),
     "00001.json, a bit of the digest": lambda path: flip(path, 40),
 }
 
@@ -305,7 +305,7 @@ def test_a_field_that_may_be_null_may_be_missing(live: LiveTeacher, tmp_path: Pa
     made = described(vocabulary=V, top_k=8, precision="compact", **MADE_OF)
     Store(tmp_path / "cache", made)
     path = tmp_path / "cache" / MANIFEST
-    path.write_text(path.read_text().replace('"sampled"', '"sasampled"'))
+    path.write_text(path.read_text(encoding="utf-8").replace('"sampled"', '"sasampled"'), encoding="utf-8")
     assert Store(tmp_path / "cache", made).manifest["sampled"] is None
 
 

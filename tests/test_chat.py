@@ -66,7 +66,7 @@ def test_stdin_is_one_prompt(
 def test_a_run_is_its_student(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "runs" / "mine"
     shutil.copytree(folder / "plain", run / "models" / "student")
-    (run / "fingerprint").write_text("0\n")
+    (run / "fingerprint").write_text("0\n", encoding="utf-8")
     ask = ("--prompt", "def", "--max-tokens", "9", "--temperature", "0.9", "--min-p", "0.1", "--seed", "4")
     by_run = command(tmp_path, capsys, "chat", "mine", *ask)
     by_folder = command(folder, capsys, "chat", "plain", *ask)
@@ -269,8 +269,8 @@ def bad(folder: Path) -> Path:
     """The models, with some beside them that cannot be used."""
     run = folder / "runs" / "begun"
     run.mkdir(parents=True)
-    (run / "fingerprint").write_text("0\n")
-    (folder / "file").write_text("")
+    (run / "fingerprint").write_text("0\n", encoding="utf-8")
+    (folder / "file").write_text("", encoding="utf-8")
     (folder / "truncated").mkdir()
     for file in (folder / "plain").iterdir():
         end = -100 if file.suffix == ".safetensors" else None

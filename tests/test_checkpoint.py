@@ -54,7 +54,7 @@ class Stage:
 def test_the_manifest_has_sizes_digests_and_what_made_it(tmp_path: Path) -> None:
     Stage(tmp_path).save(2)
     folder = tmp_path / "checkpoints" / "step-000002"
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     assert manifest["files"] == {
         name: {
             "bytes": (folder / name).stat().st_size,
@@ -79,12 +79,12 @@ def flip(file: Path) -> None:
 
 
 def no_object(file: Path) -> None:
-    file.write_text("[]")
+    file.write_text("[]", encoding="utf-8")
 
 
 def names_nothing(file: Path) -> None:
     manifest = {"files": {}, "counters": {}}
-    file.write_text(json.dumps({**manifest, "sha256": checkpoint._digest_of(manifest)}))
+    file.write_text(json.dumps({**manifest, "sha256": checkpoint._digest_of(manifest)}), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_what_a_kill_left_half_written_is_removed(tmp_path: Path) -> None:
     stage.save(2)
     for name in (".step-000004.part", ".step-000004.old", ".baseline-step-000004.part"):
         (stage.folder / name).mkdir()
-        (stage.folder / name / "weights.safetensors").write_text("half")
+        (stage.folder / name / "weights.safetensors").write_text("half", encoding="utf-8")
     assert stage.restore() == 2
     assert stage.names() == [".baseline-step-000004.part", "step-000002"]  # the other stage's is its own
 

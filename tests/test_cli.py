@@ -24,32 +24,38 @@ FROM_SHAPE = ["student.shape=null"]  # with student.model=...
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with good and bad inputs. No test may change it."""
     root = workshop.make(tmp_path_factory.mktemp("workshop"))
-    (root / "malformed.yaml").write_text("name: [tiny\nstudent: {\n")
-    (root / "list.yaml").write_text("- name\n")
+    (root / "malformed.yaml").write_text("name: [tiny\nstudent: {\n", encoding="utf-8")
+    (root / "list.yaml").write_text("- name\n", encoding="utf-8")
     (root / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    (root / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n')
-    (root / "no_form.jsonl").write_text('{"promt": "a", "completion": "b"}\n')
-    (root / "unanswered.jsonl").write_text('{"prompt": "a"}\n')
-    (root / "empty.jsonl").write_text("")
+    (root / "broken.jsonl").write_text(
+        '{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n', encoding="utf-8"
+    )
+    (root / "no_form.jsonl").write_text('{"promt": "a", "completion": "b"}\n', encoding="utf-8")
+    (root / "unanswered.jsonl").write_text('{"prompt": "a"}\n', encoding="utf-8")
+    (root / "empty.jsonl").write_text("", encoding="utf-8")
     (root / "empty_folder").mkdir()
-    (root / "table.csv").write_text("a,b\n")
+    (root / "table.csv").write_text("a,b\n", encoding="utf-8")
     for name in ("no_weights", "truncated", "no_config", "bad_config", "no_tokenizer", "index_names_more"):
         shutil.copytree(root / "teacher", root / name)
     (root / "no_weights" / "model.safetensors").unlink()
     weights = root / "truncated" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     (root / "no_config" / "config.json").unlink()
-    (root / "bad_config" / "config.json").write_text('{"model_type": ')
+    (root / "bad_config" / "config.json").write_text('{"model_type": ', encoding="utf-8")
     for file in (root / "no_tokenizer").glob("tokenizer*"):
         file.unlink()
     index = {"weight_map": {"more": "model-00002-of-00002.safetensors"}}
-    (root / "index_names_more" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (root / "index_names_more" / "model.safetensors.index.json").write_text(
+        json.dumps(index), encoding="utf-8"
+    )
     (root / "runs" / "mine").mkdir(parents=True)
-    (root / "runs" / "mine" / "thesis.txt").write_text("years of work")
+    (root / "runs" / "mine" / "thesis.txt").write_text("years of work", encoding="utf-8")
     (root / "runs" / "done").mkdir()
-    (root / "runs" / "done" / "fingerprint").write_text("0123456789abcdef\n")
-    (root / "runs" / "done" / "recipe.yaml").write_text(workshop.RECIPE.replace("steps: 4", "steps: 400"))
-    (root / "runs" / "file").write_text("")
+    (root / "runs" / "done" / "fingerprint").write_text("0123456789abcdef\n", encoding="utf-8")
+    (root / "runs" / "done" / "recipe.yaml").write_text(
+        workshop.RECIPE.replace("steps: 4", "steps: 400"), encoding="utf-8"
+    )
+    (root / "runs" / "file").write_text("", encoding="utf-8")
     (root / "runs" / "dangling").symlink_to(root / "nowhere")
     return root
 
@@ -169,7 +175,7 @@ def test_an_unwritable_place_for_runs(
 ) -> None:
     for name in ("teacher", "good.jsonl", "recipe.yaml"):
         (tmp_path / name).symlink_to(folder / name)
-    (tmp_path / "runs").write_text("")
+    (tmp_path / "runs").write_text("", encoding="utf-8")
     before = contents(tmp_path)
     ended = command(tmp_path, capsys, "run", "recipe.yaml")
     assert (ended.code, len(ended.err)) == (2, 1)
@@ -295,7 +301,7 @@ def test_a_recipe_of_nearly_this_name_is_told(
 
 
 def test_a_recipe_cannot_be_copied_to_where_nothing_can_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(RunFolderError, match=r"quickstart.yaml: cannot be written \(Not a directory\)"):
         copy_recipe("quickstart", tmp_path / "file")
 

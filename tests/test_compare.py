@@ -33,10 +33,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"prompt": "zebras", "references": ["jump", "run"]},
         {"prompt": "quick"},
     ]
-    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (root / "long.jsonl").write_text(json.dumps({"prompt": "zebras " * 100}) + "\n")
-    (root / "text.jsonl").write_text(json.dumps({"text": "def"}) + "\n")
-    (root / "chat.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "def"}]}) + "\n")
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (root / "long.jsonl").write_text(json.dumps({"prompt": "zebras " * 100}) + "\n", encoding="utf-8")
+    (root / "text.jsonl").write_text(json.dumps({"text": "def"}) + "\n", encoding="utf-8")
+    (root / "chat.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "def"}]}) + "\n", encoding="utf-8"
+    )
     return root
 
 
@@ -45,7 +47,7 @@ def run(names: list[Path], tmp_path: Path, **how: Any) -> tuple[str, list[dict[s
     file = tmp_path / "out.jsonl"
     options = how.pop("options", Speech(max_tokens=8))
     compare([*map(str, names)], options, out=file, screen=Screen(out, io.StringIO()), **how)
-    return out.getvalue(), [json.loads(line) for line in file.read_text().splitlines()]
+    return out.getvalue(), [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def timeless(line: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +151,7 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert ended.out.startswith("prompt: def add\n\n== plain\n")
     assert "; the same answer\n" in ended.out
     assert "".join(ended.err).replace("\n", "") == f"answers: {tmp_path / 'out.jsonl'}"
-    [line] = (tmp_path / "out.jsonl").read_text().splitlines()
+    [line] = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["answers"]["twin"]["difference"]["told"] == "the same answer"
 
 

@@ -32,11 +32,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def frontier_of(folder: Path, name: str) -> dict[str, Any]:
-    return json.loads((folder / "runs" / f"{name}-frontier" / "frontier.json").read_text())
+    return json.loads((folder / "runs" / f"{name}-frontier" / "frontier.json").read_text(encoding="utf-8"))
 
 
 def stages_of(folder: Path, name: str) -> dict[str, Any]:
-    return json.loads((folder / "runs" / name / "stages.json").read_text())
+    return json.loads((folder / "runs" / name / "stages.json").read_text(encoding="utf-8"))
 
 
 def test_every_ratio_is_a_run_and_every_width_a_model(
@@ -50,7 +50,7 @@ def test_every_ratio_is_a_run_and_every_width_a_model(
     wanted = [(run, f"student{bits}") for run in tree["runs"] for bits in ("", "-8bit", "-4bit")]
     assert list(found) == [("tiny-r0.85", "teacher"), *wanted]
     for run in tree["runs"]:
-        models = json.loads((folder / "runs" / run / "evaluation.json").read_text())["models"]
+        models = json.loads((folder / "runs" / run / "evaluation.json").read_text(encoding="utf-8"))["models"]
         assert found[run, "student"]["parameters"] == models["student"]["parameters"]
         assert found[run, "student-4bit"]["size_gib"] == models["student-4bit"]["size_mib"] / 1024
         assert found[run, "student-8bit"]["kl"] == models["student-8bit"]["kl"]
@@ -131,10 +131,12 @@ def test_a_list_of_recipes_is_compared_and_one_without_sizes_runs_as_it_is(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = workshop.RECIPE.replace("name: tiny", "name: other")
-    (folder / "other.yaml").write_text(text)
+    (folder / "other.yaml").write_text(text, encoding="utf-8")
     plain = recipe.load(folder / "other.yaml")
     assert list(derived(plain)) == [plain]
-    (folder / "sized.yaml").write_text(workshop.RECIPE.replace("tiny", "sized") + "compress: {bits: [4]}\n")
+    (folder / "sized.yaml").write_text(
+        workshop.RECIPE.replace("tiny", "sized") + "compress: {bits: [4]}\n", encoding="utf-8"
+    )
     ended = command(folder, capsys, "compress", "other.yaml", "sized.yaml", *FAST[:3])
     assert ended.code == 2 and "64 does not divide" in ended.err[0], "the groups of a `quantize` of its own"
     ended = command(folder, capsys, "compress", "other.yaml", "sized.yaml", *FAST)
@@ -303,9 +305,9 @@ def test_recipes_that_cannot_be_compared_are_refused(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sized = workshop.RECIPE + "compress: {bits: [4]}\n"
-    (folder / "one.yaml").write_text(sized.replace("tiny", "one"))
-    rows = (folder / "good.jsonl").read_text().splitlines()
-    (folder / "few.jsonl").write_text("\n".join(rows[:5]))
+    (folder / "one.yaml").write_text(sized.replace("tiny", "one"), encoding="utf-8")
+    rows = (folder / "good.jsonl").read_text(encoding="utf-8").splitlines()
+    (folder / "few.jsonl").write_text("\n".join(rows[:5]), encoding="utf-8")
     others = {
         "same.yaml": (sized.replace("tiny", "one"), "two runs would have the name one"),
         "frontier.yaml": (sized.replace("tiny", "one-frontier"), "two runs would have the name one-frontier"),
@@ -313,14 +315,14 @@ def test_recipes_that_cannot_be_compared_are_refused(
         "rows.yaml": (sized.replace("test: good", "test: few"), "`data.test` of one and tiny are other rows"),
     }
     for name, (text, told) in others.items():
-        (folder / name).write_text(text)
+        (folder / name).write_text(text, encoding="utf-8")
         before = contents(folder)
         ended = command(folder, capsys, "compress", "one.yaml", name, *FAST)
         assert (ended.code, len(ended.err)) == (2, 1), name
         assert told in ended.err[0], (name, ended.err)
         assert contents(folder) == before
     (folder / "blind.yaml").write_text(
-        workshop.RECIPE.replace("tiny", "blind") + "evaluate: {tasks: [speed]}\n"
+        workshop.RECIPE.replace("tiny", "blind") + "evaluate: {tasks: [speed]}\n", encoding="utf-8"
     )
     ended = command(folder, capsys, "compress", "one.yaml", "blind.yaml", "quantize.group_size=32")
     assert "blind: the score top1_agreement, by which all are compared, needs fidelity" in ended.err[0]
@@ -328,7 +330,7 @@ def test_recipes_that_cannot_be_compared_are_refused(
 
 def test_a_folder_that_is_taken_is_left_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "runs" / "mine-frontier").mkdir(parents=True)
-    (folder / "runs" / "mine-frontier" / "thesis.txt").write_text("years of work")
+    (folder / "runs" / "mine-frontier" / "thesis.txt").write_text("years of work", encoding="utf-8")
     ended = command(folder, capsys, "compress", "recipe.yaml", "name=mine", *FAST, CUT, SIZES)
     assert ended.code == 2 and "runs/mine-frontier holds other files" in ended.err[0]
     assert not (folder / "runs" / "mine-r0.85").exists()

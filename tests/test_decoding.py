@@ -186,7 +186,7 @@ def test_a_run_tunes_every_model_alike(
 ) -> None:
     monkeypatch.chdir(made)
     row = {"prompt": "def solve(x):\n", "completion": RIGHT, "tests": list(DOUBLE.tests)}
-    Path("tests.jsonl").write_text(3 * (json.dumps(row) + "\n"))
+    Path("tests.jsonl").write_text(3 * (json.dumps(row) + "\n"), encoding="utf-8")
     ended = workshop.command(
         made,
         capsys,
@@ -197,13 +197,13 @@ def test_a_run_tunes_every_model_alike(
         "evaluate={tasks: [code], tune: [0, 0.5], samples: 5, top_k: 3, max_tokens: 3, baseline: false}",
     )
     assert ended.code == 0, ended.err
-    found = json.loads(Path("runs/tiny/evaluation.json").read_text())["models"]
+    found = json.loads(Path("runs/tiny/evaluation.json").read_text(encoding="utf-8"))["models"]
     assert list(found) == ["teacher", "student_before", "student"]
     for metrics in found.values():
         assert metrics["tuned"].keys() == {"0", "0.5"}
         assert metrics["temperature"] == 0.0  # neither solves anything: the lower of two equals
         assert metrics["pass@5"] == 0.0 and metrics["problems"] == 3
-    lines = Path("runs/tiny/samples/evaluation.jsonl").read_text().splitlines()
+    lines = Path("runs/tiny/samples/evaluation.jsonl").read_text(encoding="utf-8").splitlines()
     assert all(answer["scores"] == [0.0] for line in lines for answer in json.loads(line)["answers"].values())
 
 
@@ -213,7 +213,7 @@ def test_a_self_taught_student_answers_once_before_training(
     """The teacher is the student as it was: its scores count for both, and are not drawn twice."""
     monkeypatch.chdir(made)
     row = {"prompt": "def solve(x):\n", "completion": RIGHT, "tests": list(DOUBLE.tests)}
-    Path("tests.jsonl").write_text(json.dumps(row) + "\n")
+    Path("tests.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     asked, judge = [], measuring.judge
     monkeypatch.setattr(
         measuring, "judge", lambda name, *a, **how: asked.append(name) or judge(name, *a, **how)
@@ -230,11 +230,11 @@ def test_a_self_taught_student_answers_once_before_training(
         "evaluate={tasks: [fidelity, code], max_tokens: 3, baseline: false}",
     )
     assert ended.code == 0, ended.err
-    found = json.loads(Path("runs/self/evaluation.json").read_text())["models"]
+    found = json.loads(Path("runs/self/evaluation.json").read_text(encoding="utf-8"))["models"]
     assert asked == ["teacher", "student"]
     assert found["student_before"]["pass@1"] == found["teacher"]["pass@1"]
     assert found["student_before"]["kl"] == pytest.approx(0, abs=1e-6) and "kl" not in found["teacher"]
-    lines = Path("runs/self/samples/evaluation.jsonl").read_text().splitlines()
+    lines = Path("runs/self/samples/evaluation.jsonl").read_text(encoding="utf-8").splitlines()
     assert [list(json.loads(line)["answers"]) for line in lines] == [["teacher", "student_before", "student"]]
 
 
@@ -280,9 +280,11 @@ def test_top_k_needs_no_temperature_beside_tune() -> None:
 def test_tuning_needs_rows_of_its_own(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(made)
     row = {"prompt": "def solve(x):\n", "completion": RIGHT, "tests": list(DOUBLE.tests)}
-    Path("tests.jsonl").write_text(json.dumps(row) + "\n")
+    Path("tests.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     long = json.dumps({**row, "completion": "x" * 300})
-    Path("long.jsonl").write_text(json.dumps({"prompt": "short", "completion": "y"}) + "\n" + long + "\n")
+    Path("long.jsonl").write_text(
+        json.dumps({"prompt": "short", "completion": "y"}) + "\n" + long + "\n", encoding="utf-8"
+    )
 
     def prepared(valid: str | None, teacher: str = "teacher") -> None:
         data = {"train": "good.jsonl", "test": "tests.jsonl", "valid": valid, "max_tokens": 64}

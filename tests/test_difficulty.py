@@ -33,7 +33,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     rows = [{"prompt": f"def add(x, {i}):", "completion": " return x" + i * f" + {i}"} for i in range(6)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -130,8 +130,8 @@ def test_without_a_curriculum_nothing_is_measured(folder: Path) -> None:
 
 
 def test_equal_difficulties_are_said(folder: Path) -> None:
-    rows = (folder / "rows.jsonl").read_text().splitlines()[0]
-    (folder / "rows.jsonl").write_text(2 * f"{rows}\n")
+    rows = (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    (folder / "rows.jsonl").write_text(2 * f"{rows}\n", encoding="utf-8")
     work, said = work_of(folder, "length"), io.StringIO()
     score_rows(Work(Run(work.run.folder, Console(said)), work.recipe, work.prepared))
     assert "for every row, so their order is left to chance" in said.getvalue()
@@ -167,7 +167,7 @@ def test_a_run_keeps_to_its_difficulties_when_it_goes_on(
     ended = command(folder, capsys, "train", "recipe.yaml", *changes)
     assert ended.code == 0, ended.err
     run = folder / "runs" / "tiny"
-    assert list(json.loads((run / "stages.json").read_text())) == [
+    assert list(json.loads((run / "stages.json").read_text(encoding="utf-8"))) == [
         "generate",
         "score",
         "cache",
@@ -176,9 +176,9 @@ def test_a_run_keeps_to_its_difficulties_when_it_goes_on(
     ]
     before = (run / "samples" / "difficulty.jsonl").read_bytes()
     whole = (run / "models" / "student" / "model.safetensors").read_bytes()
-    stages = json.loads((run / "stages.json").read_text())
+    stages = json.loads((run / "stages.json").read_text(encoding="utf-8"))
     del stages["train"]  # as if it had been stopped after step 2
-    (run / "stages.json").write_text(json.dumps(stages))
+    (run / "stages.json").write_text(json.dumps(stages), encoding="utf-8")
     monkeypatch.setattr(difficulty, "nll_of_rows", None)  # measured once, and never again
     ended = command(folder, capsys, "train", "recipe.yaml", "--resume", *changes)
     assert ended.code == 0, ended.err

@@ -221,11 +221,11 @@ def test_only_what_a_launcher_starts_is_one_of_several(tmp_path: Path, monkeypat
     for name in ("MLX_RANK", "MLX_HOSTFILE", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
         monkeypatch.delenv(name, raising=False)
     assert not joining.launched()
-    (tmp_path / "hosts").write_text("\n")  # as `mlx.launch -n 1` has it
+    (tmp_path / "hosts").write_text("\n", encoding="utf-8")  # as `mlx.launch -n 1` has it
     monkeypatch.setenv("MLX_HOSTFILE", str(tmp_path / "hosts"))
     monkeypatch.setenv("MLX_RANK", "0")
     assert not joining.launched()
-    (tmp_path / "hosts").write_text('[["127.0.0.1:1"], ["127.0.0.1:2"]]')
+    (tmp_path / "hosts").write_text('[["127.0.0.1:1"], ["127.0.0.1:2"]]', encoding="utf-8")
     assert joining.launched()
 
 
@@ -399,7 +399,7 @@ def start(
         others: where all but the first work, with a folder `tmp` for what they need for the time being.
     """
     hosts = folder / "hosts.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(size)]))
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(size)]), encoding="utf-8")
     common = {**os.environ, "PYTHONPATH": str(workshop.REPOSITORY), "OPENBLAS_NUM_THREADS": "1"}
     common |= {"MLX_HOSTFILE": str(hosts), "PYTHONUNBUFFERED": "1"}
     return [
@@ -435,7 +435,7 @@ def ours(err: str) -> str:
 
 
 def losses(folder: Path, name: str) -> list[tuple[str, int, float]]:
-    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     values = [json.loads(line) for line in lines]
     return [(one["stage"], one["step"], one["loss"]) for one in values if "loss" in one]
 
@@ -525,8 +525,10 @@ def full(folder: Path) -> None:
     """A folder with a recipe that answers prompts, fills a cache, and trains from it."""
     workshop.make(folder)
     prompts = [{"prompt": f"def mul(y, {i}):"} for i in range(40)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in prompts))
-    (folder / "full.yaml").write_text(RECIPE)
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps(one) + "\n" for one in prompts), encoding="utf-8"
+    )
+    (folder / "full.yaml").write_text(RECIPE, encoding="utf-8")
 
 
 def alone(folder: Path, *arguments: str) -> None:
@@ -619,7 +621,7 @@ def test_a_machine_that_lacks_something_is_named(tmp_path: Path, change: str, li
     (other / "tmp").mkdir(parents=True)
     workshop.make(other)
     if change == "data":
-        with (other / "good.jsonl").open("a") as file:
+        with (other / "good.jsonl").open("a", encoding="utf-8") as file:
             file.write('{"prompt": "def more(x):", "completion": " return x"}\n')
     else:
         shutil.rmtree(other / "teacher")
@@ -658,7 +660,7 @@ def test_what_works_in_one_process_is_refused_as_one_of_several(
     what: str,
     arguments: list[str],
 ):
-    (tmp_path / "recipe.yaml").write_text(workshop.RECIPE)
+    (tmp_path / "recipe.yaml").write_text(workshop.RECIPE, encoding="utf-8")
     monkeypatch.setenv("MLX_RANK", "1")
     ended = workshop.command(tmp_path, capsys, *arguments, "recipe.yaml")
     line = f"error: `{what}` works in one process; start it without mlx.launch"

@@ -302,7 +302,7 @@ def test_messages_for_bad_rows_are_the_real_ones(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     for line, message in pairs:
-        Path("data/train.jsonl").write_text(line + "\n")
+        Path("data/train.jsonl").write_text(line + "\n", encoding="utf-8")
         with pytest.raises(DataError) as caught:
             read_jsonl("data/train.jsonl")
         assert str(caught.value) == message

@@ -94,8 +94,10 @@ def test_wherever_it_fails_the_run_goes_on_to_the_same_bits(
     ended = command(folder, capsys, "run", *RUN, f"name={name}", "--resume")
     assert ended.code == 0
     assert weights(run) == weights(folder / "runs" / "whole")
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == len((folder / "runs" / "whole" / "metrics.jsonl").read_text().splitlines())
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == len(
+        (folder / "runs" / "whole" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    )
 
 
 def test_other_errors_are_not_the_drives() -> None:

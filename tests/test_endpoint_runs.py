@@ -88,7 +88,7 @@ evaluate: {tasks: []}
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE)
+    path.write_text(RECIPE, encoding="utf-8")
     return path
 
 
@@ -150,13 +150,17 @@ def folder(tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Path:
         "train": [{"prompt": f"add {i} to x:", "completion": f" x + {i}"} for i in range(6)],
         "prompts": [{"prompt": f"take {i} from x:"} for i in range(20)],
     }.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "recipe.yaml").write_text(RUN.format(url=fake.url))
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
+    (tmp_path / "recipe.yaml").write_text(RUN.format(url=fake.url), encoding="utf-8")
     return tmp_path
 
 
 def written_rows(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "runs" / "tiny" / "samples" / "generated.jsonl").read_text().splitlines()
+    lines = (
+        (folder / "runs" / "tiny" / "samples" / "generated.jsonl").read_text(encoding="utf-8").splitlines()
+    )
     return [json.loads(line) for line in lines]
 
 
@@ -185,9 +189,9 @@ def test_a_student_learns_from_a_server_alone(
     ]
     assert rows[0]["answer"] == "answer to take 0 from x:"
     run = folder / "runs" / "tiny"
-    stages = json.loads((run / "stages.json").read_text())
+    stages = json.loads((run / "stages.json").read_text(encoding="utf-8"))
     assert stages["train"]["rows"] == 6 + 17 and stages["baseline"]["rows"] == 6
-    models = json.loads((run / "evaluation.json").read_text())["models"]
+    models = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["models"]
     assert models.keys() == {"student_before", "baseline", "student"}
     assert (run / "report.html").exists()
     for path in run.rglob("*"):
@@ -229,7 +233,7 @@ def test_a_run_goes_on_where_its_server_failed(
 def test_a_run_without_its_server_ends_at_once_and_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     ended = workshop.command(tmp_path, capsys, "run", "recipe.yaml")
     assert ended.code == 2
     assert ended.err == [

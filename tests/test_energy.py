@@ -37,9 +37,9 @@ def zone(powercap: Path, name: str, label: str, microjoules: int, wrap: int = WR
     """A zone of a fake sysfs tree."""
     folder = powercap / name
     folder.mkdir(parents=True)
-    (folder / "name").write_text(f"{label}\n")
-    (folder / "max_energy_range_uj").write_text(f"{wrap}\n")
-    (folder / "energy_uj").write_text(f"{microjoules}\n")
+    (folder / "name").write_text(f"{label}\n", encoding="utf-8")
+    (folder / "max_energy_range_uj").write_text(f"{wrap}\n", encoding="utf-8")
+    (folder / "energy_uj").write_text(f"{microjoules}\n", encoding="utf-8")
     return folder / "energy_uj"
 
 
@@ -58,7 +58,9 @@ def powercap(tmp_path: Path) -> Path:
 def spend(powercap: Path, microjoules: int, *names: str) -> None:
     for name in names:
         counter = powercap / name / "energy_uj"
-        counter.write_text(str((int(counter.read_text()) + microjoules) % WRAP))
+        counter.write_text(
+            str((int(counter.read_text(encoding="utf-8")) + microjoules) % WRAP), encoding="utf-8"
+        )
 
 
 def test_rapl_adds_up_the_packages_and_nothing_inside_or_around_them(powercap: Path) -> None:
@@ -73,11 +75,13 @@ def test_rapl_adds_up_the_packages_and_nothing_inside_or_around_them(powercap: P
 
 def test_rapl_counts_on_where_the_counter_wraps(powercap: Path) -> None:
     counter = powercap / "intel-rapl:0" / "energy_uj"
-    counter.write_text(str(WRAP - 2 * MICROJOULES))
+    counter.write_text(str(WRAP - 2 * MICROJOULES), encoding="utf-8")
     meter = EnergyMeter(RaplCounter(powercap))
     meter.begin()
     spend(powercap, 5 * MICROJOULES, "intel-rapl:0")
-    assert int(counter.read_text()) == 3 * MICROJOULES  # a plain difference would be far below zero
+    assert (
+        int(counter.read_text(encoding="utf-8")) == 3 * MICROJOULES
+    )  # a plain difference would be far below zero
     assert meter.end().rails == pytest.approx({"package-0": 5.0, "package-1": 0.0})
     meter.begin()
     spend(powercap, MICROJOULES, "intel-rapl:0")
@@ -107,7 +111,7 @@ def test_rapl_that_only_root_may_read_is_no_meter(powercap: Path, monkeypatch: p
 
 
 def test_rapl_that_says_nonsense_is_no_meter(powercap: Path) -> None:
-    (powercap / "intel-rapl:1" / "energy_uj").write_text("many\n")
+    (powercap / "intel-rapl:1" / "energy_uj").write_text("many\n", encoding="utf-8")
     with pytest.raises(Unavailable, match="cannot be read"):
         RaplCounter(powercap)
 
@@ -440,11 +444,12 @@ def test_work_that_drowns_in_the_power_at_rest_is_null() -> None:
 def test_power_source_and_thermal_state(
     ps: str, therm: str, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "ps").write_text(ps)
-    (tmp_path / "therm").write_text(therm)
+    (tmp_path / "ps").write_text(ps, encoding="utf-8")
+    (tmp_path / "therm").write_text(therm, encoding="utf-8")
     script = tmp_path / "pmset"
     script.write_text(
-        f'#!/bin/sh\nwhile read -r line; do echo "$line"; done < "{tmp_path}/$2"\necho "$line"\n'
+        f'#!/bin/sh\nwhile read -r line; do echo "$line"; done < "{tmp_path}/$2"\necho "$line"\n',
+        encoding="utf-8",
     )
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")

@@ -44,8 +44,8 @@ TIMED = ("_per_second", "_ms", "_gib", "_spread", "_seconds", "_why", "joules", 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = workshop.make(tmp_path_factory.mktemp("workshop"))
-    (root / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (root / "problems.jsonl").write_text(json.dumps(PROBLEM) + "\n")
+    (root / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    (root / "problems.jsonl").write_text(json.dumps(PROBLEM) + "\n", encoding="utf-8")
     return root
 
 
@@ -64,7 +64,7 @@ def finished(folder: Path) -> Path:
 
 
 def read(run: Path) -> dict[str, Any]:
-    return json.loads((run / "evaluation.json").read_text())
+    return json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
 
 
 def steady(run: Path) -> dict[str, Any]:
@@ -112,7 +112,10 @@ def test_models_are_compared_on_the_same_problems(finished: Path) -> None:
 
 
 def test_answers_and_disagreements_are_kept(finished: Path) -> None:
-    rows = [json.loads(line) for line in (finished / "samples" / "evaluation.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (finished / "samples" / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [(row["set"], row["task"]) for row in rows] == [
         (None, "code"),
         (None, "code"),
@@ -124,7 +127,7 @@ def test_answers_and_disagreements_are_kept(finished: Path) -> None:
     ]
     assert rows[4]["reference"] == " + y"
     assert {"teacher", "student", "baseline"} <= rows[6]["answers"].keys()
-    lines = (finished / "samples" / "disagreements.jsonl").read_text().splitlines()
+    lines = (finished / "samples" / "disagreements.jsonl").read_text(encoding="utf-8").splitlines()
     differing = [json.loads(line) for line in lines]
     assert differing and all(row["model"] == "student" for row in differing)
     assert [row["kl"] for row in differing] == sorted((row["kl"] for row in differing), reverse=True)
@@ -132,7 +135,7 @@ def test_answers_and_disagreements_are_kept(finished: Path) -> None:
 
 
 def test_measured_memory_stands_beside_the_predicted(finished: Path) -> None:
-    memory = json.loads((finished / "memory.json").read_text())
+    memory = json.loads((finished / "memory.json").read_text(encoding="utf-8"))
     assert memory["predicted_gib"]["together"] > 0
     assert {"train", "evaluate"} <= memory["measured_gib"].keys()
     if memory["how"] is not None:
@@ -149,9 +152,9 @@ def test_a_stopped_evaluation_goes_on(
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     run = copy / "runs" / "judged"
-    stages = json.loads((run / "stages.json").read_text())
+    stages = json.loads((run / "stages.json").read_text(encoding="utf-8"))
     del stages["evaluate"]
-    (run / "stages.json").write_text(json.dumps(stages))
+    (run / "stages.json").write_text(json.dumps(stages), encoding="utf-8")
     (run / "evaluation.json").unlink()
     done: list[str] = []
     once = Parts.once
@@ -268,9 +271,11 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_what_cannot_be_measured_is_refused(folder: Path, capsys: Any, case: str) -> None:
-    (folder / "bare.jsonl").write_text('{"prompt": "def f():", "tests": ["assert f() == 1"]}\n')
+    (folder / "bare.jsonl").write_text(
+        '{"prompt": "def f():", "tests": ["assert f() == 1"]}\n', encoding="utf-8"
+    )
     (folder / "odd.jsonl").write_text(
-        '{"prompt": "def f():", "completion": "x", "tests": ["assert f( == 1"]}\n'
+        '{"prompt": "def f():", "completion": "x", "tests": ["assert f( == 1"]}\n', encoding="utf-8"
     )
     overrides, said = WRONG[case]
     before = contents(folder)

@@ -87,6 +87,6 @@ def test_summaries_are_faithful_to_their_own_papers(shared: Path) -> None:
 
 
 def lines(shared: Path) -> list[str]:
-    found = (shared / "data" / "scitldr" / "test.jsonl").read_text().splitlines()
+    found = (shared / "data" / "scitldr" / "test.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(found) == 618
     return found

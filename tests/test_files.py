@@ -17,7 +17,7 @@ from mlx_distill.interrupt import Interrupted
 
 def fill(folder: Path) -> None:
     (folder / "inner").mkdir()
-    (folder / "inner" / "b.txt").write_text("b")
+    (folder / "inner" / "b.txt").write_text("b", encoding="utf-8")
     mx.save_safetensors(str(folder / "a.safetensors"), {"a": mx.arange(4)})
 
 
@@ -114,7 +114,9 @@ def test_a_full_drive_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="No space left") as caught:
         write_json(tmp_path / "a.json", 2)
     assert caught.value.filename == str(tmp_path / "a.json")
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.json", "1\n")]
+    assert [(path.name, path.read_text(encoding="utf-8")) for path in tmp_path.iterdir()] == [
+        ("a.json", "1\n")
+    ]
 
 
 def old_and_new(tmp_path: Path) -> Path:
@@ -139,7 +141,7 @@ def test_a_full_drive_leaves_the_folder_as_it_was(
     with pytest.raises(OSError, match="No space left"):
         write_folder(folder, lambda path: write_text(path / "weights", "new"))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert (folder / "weights").read_text() == "old"
+    assert (folder / "weights").read_text(encoding="utf-8") == "old"
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), Interrupted(signal.SIGINT)])
@@ -157,7 +159,7 @@ def test_a_rename_that_fails_puts_the_older_folder_back(
     with pytest.raises(type(error)):
         write_folder(folder, lambda path: write_text(path / "weights", "new"))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert (folder / "weights").read_text() == "old"
+    assert (folder / "weights").read_text(encoding="utf-8") == "old"
 
 
 @pytest.mark.parametrize("drive_is_full", [True, False])
@@ -175,7 +177,7 @@ def test_a_kill_between_the_renames_costs_no_folder(
     else:
         write_folder(folder, lambda path: write_text(path / "weights", "new"))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert (folder / "weights").read_text() == ("old" if drive_is_full else "new")
+    assert (folder / "weights").read_text(encoding="utf-8") == ("old" if drive_is_full else "new")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device here that is always full")

@@ -151,7 +151,7 @@ def test_preflight_asks_for_all_of_this(tmp_path: Path, monkeypatch: pytest.Monk
     """And a run whose filters read held-out rows is another one when those rows change."""
     monkeypatch.chdir(workshop.make(tmp_path))
     other = {"prompt": "one two three four five", "completion": "six"}
-    Path("other.jsonl").write_text(json.dumps(other) + "\n")
+    Path("other.jsonl").write_text(json.dumps(other) + "\n", encoding="utf-8")
 
     def fingerprint(filters: dict[str, Any], valid: str | None) -> str:
         data = {"prompts": "good.jsonl", "valid": valid, "max_tokens": 64}

@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "num_hidden_layers": 12,
         "vocab_size": V,
     }
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     header, at = dict[str, Any](), 0
     for name, shape in shapes_of({**config, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}).items():
         end = at + 4 * prod(shape)

@@ -147,8 +147,8 @@ def written(tmp_path: Path) -> tuple[Frontier, dict[str, Any], str]:
     records = [read_run(make_run(tmp_path / f"r{i}", f"r{i}", m)) for i, m in enumerate((HALF, THIRD))]
     (tmp_path / "x-frontier").mkdir()
     page = write_frontier(tmp_path / "x-frontier", made, records, "x-frontier")
-    tree = json.loads((tmp_path / "x-frontier" / "frontier.json").read_text())
-    return made, tree, page.read_text()
+    tree = json.loads((tmp_path / "x-frontier" / "frontier.json").read_text(encoding="utf-8"))
+    return made, tree, page.read_text(encoding="utf-8")
 
 
 def test_the_file_holds_every_point(written: tuple[Frontier, dict[str, Any], str]) -> None:
@@ -191,7 +191,7 @@ def test_without_matplotlib_the_page_says_what_to_install(
     import sys
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    page = write_frontier(tmp_path, of(HALF), [], "x").read_text()
+    page = write_frontier(tmp_path, of(HALF), [], "x").read_text(encoding="utf-8")
     assert "pip install &#39;mlx-distill[report]&#39;" in page and "r0 student-4bit" in page
 
 

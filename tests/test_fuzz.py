@@ -42,7 +42,7 @@ def test_malformed_input_of_every_kind(fuzz: Any, capsys: pytest.CaptureFixture[
 def test_something_else_than_a_file(seed: int, fuzz: Any, tmp_path: Path) -> None:
     (tmp_path / "runs" / "x").mkdir(parents=True)
     path = tmp_path / "runs" / "x" / "a.json"
-    path.write_text("{}")
+    path.write_text("{}", encoding="utf-8")
     done = fuzz.any_kind(path, random.Random(seed))
     assert not path.is_file() or done == "a link out", done
 
@@ -58,7 +58,7 @@ def test_what_may_not_happen_is_seen(fuzz: Any, monkeypatch: pytest.MonkeyPatch,
 
     def ends(act: Any) -> str | None:
         monkeypatch.setattr(plan, "plan_lines", act)
-        (tmp_path / "recipe.yaml").write_text(RECIPE)
+        (tmp_path / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
         code, err = fuzz.run(tmp_path, ("plan", "recipe.yaml"))
         return fuzz._wrong(fuzz.KINDS["rows"], code, err)
 

@@ -80,7 +80,7 @@ def events(log):
     def refuse(name):
         raise AssertionError(f"{name} in metrics.jsonl")
 
-    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 class Ran:

@@ -57,7 +57,7 @@ ROWS = [
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = workshop.make(tmp_path_factory.mktemp("workshop"))
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     kinds = {
         "tiny_choice": ("multiple_choice", CHOICE),
         "tiny_written": ("generate_until", WRITTEN),
@@ -65,7 +65,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, (kind, more) in kinds.items():
         text = TASK.format(name=name, data=folder / "rows.jsonl", kind=kind, more=more)
-        (folder / f"{name}.yaml").write_text(text)
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
     return folder
 
 
@@ -280,7 +280,7 @@ def test_data_that_cannot_be_had_is_said_in_one_line(
     lm_eval: Any, made: Path, loaded: Loaded, tmp_path: Path
 ) -> None:
     text = TASK.format(name="gone", data=tmp_path / "gone.jsonl", kind="multiple_choice", more=CHOICE)
-    (tmp_path / "gone.yaml").write_text(text)
+    (tmp_path / "gone.yaml").write_text(text, encoding="utf-8")
     asked = Evaluate(tasks=["harness"], harness=[str(tmp_path / "gone.yaml")])
     with pytest.raises(
         DataError, match=r"^`evaluate.harness` \['.*gone.yaml'\]: FileNotFoundError: "

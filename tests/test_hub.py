@@ -178,12 +178,12 @@ def test_a_folder_here_comes_before_the_hub(tmp_path: Path, monkeypatch: pytest.
 def test_what_is_no_model_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="teacher.model: .*no config.json"):
         model_folder(str(tmp_path), "teacher.model")
-    (tmp_path / "config.json").write_text("{]")
+    (tmp_path / "config.json").write_text("{]", encoding="utf-8")
     with pytest.raises(ModelError, match="config.json: not readable as JSON"):
         model_folder(str(tmp_path), "teacher.model")
     with pytest.raises(ModelError, match="config.json is a file; name the folder"):
         model_folder(str(tmp_path / "config.json"), "teacher.model")
-    (tmp_path / "config.json").write_text('{"hidden_size": 64}')
+    (tmp_path / "config.json").write_text('{"hidden_size": 64}', encoding="utf-8")
     with pytest.raises(ModelError, match="no `model_type`"):
         model_folder(str(tmp_path), "teacher.model")
     (tmp_path / "config.json").write_bytes(CONFIG)

@@ -78,7 +78,7 @@ def test_a_signal_in_a_step_saves_what_was_learned(
     assert again.code == 0 and f"student: going on from step {step}" in again.out
     student = "models/student/model.safetensors"
     assert (run / student).read_bytes() == (folder / "runs" / "four" / student).read_bytes()
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
+    assert len((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 4
 
 
 RUN = [
@@ -121,9 +121,9 @@ def test_a_signal_in_any_stage_ends_it_and_the_run_goes_on(
         assert ended.err[-2].startswith("go on with: mlx-distill run recipe.yaml ")
         assert ended.err[-2].endswith(f" name={name} --resume")
         stages = run / "stages.json"
-        assert list(json.loads(stages.read_text()) if stages.exists() else {}) == list(NAMES[:finished]), (
-            place
-        )
+        assert list(json.loads(stages.read_text(encoding="utf-8")) if stages.exists() else {}) == list(
+            NAMES[:finished]
+        ), place
     quiet = "export.formats=[]"  # fresh processes have been started often enough
     for one in (name, "all-stages"):
         assert command(folder, capsys, "run", *RUN, f"name={one}", quiet).code == 0
@@ -188,7 +188,11 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert ended.code == 0
     assert f"student: going on from step {step}" in ended.out
     assert (run / "models/student/model.safetensors").read_bytes() == undisturbed
-    steps = [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"student"' in line]
+    steps = [
+        line
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        if '"student"' in line
+    ]
     assert len(steps) == STEPS  # no step twice, none missing
 
 
@@ -298,7 +302,7 @@ def test_a_closed_terminal_costs_nothing(
     run = folder / "runs" / "closed"
     [saved] = (run / "checkpoints").iterdir()
     assert 0 < int(saved.name.removeprefix("step-")) < STEPS
-    assert json.loads((run / "progress.json").read_text())["ended"] == "stopped by SIGHUP"
+    assert json.loads((run / "progress.json").read_text(encoding="utf-8"))["ended"] == "stopped by SIGHUP"
     assert command(folder, capsys, *TRAIN, "name=closed", "--resume").code == 0
     assert (run / "models/student/model.safetensors").read_bytes() == undisturbed
 

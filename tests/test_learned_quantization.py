@@ -164,7 +164,7 @@ def run(
         patch.chdir(folder)
         loaded = recipe.load("recipe.yaml", [f"name={name}", *SHORT, *overrides])
         found = folder / pipeline.run(loaded, Console(lines), **{"upto": "quantize", **how})
-    stages = json.loads((found / "stages.json").read_text())
+    stages = json.loads((found / "stages.json").read_text(encoding="utf-8"))
     told = next(iter(stages["quantize"]["measured"].values())) if measured else {}
     return found, told, lines.getvalue()
 
@@ -198,9 +198,9 @@ def test_runs(folder: Path, overrides: list[str], towards: str) -> None:
     assert f"rows of {where}" in said
     assert measured["kept"] == (measured["after_kl"] < measured["before_kl"])
     assert measured["train_tokens"] > 0 and measured["train_seconds"] > 0
-    stages = json.loads((path / "stages.json").read_text())["quantize"]
+    stages = json.loads((path / "stages.json").read_text(encoding="utf-8"))["quantize"]
     assert (path / "models" / stages["models"][0] / "model.safetensors").exists()
-    steps = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    steps = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     own = [line for line in steps if line["stage"] == stages["models"][0]]
     assert [line["step"] for line in own] == [1, 2, 3, 4, 5, 6]
     assert all("forward_kl" in line and "cross_entropy" not in line for line in own)

@@ -38,7 +38,9 @@ def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name, count in (("old", 5), ("older", 7)):
         rows = [{"prompt": f"def {name}({i}):", "completion": f" return {i}"} for i in range(count)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
     return tmp_path
 
 
@@ -87,22 +89,22 @@ def test_what_is_replayed_is_part_of_the_fingerprint(folder: Path) -> None:
     data = {**DATA, "replay": REPLAY}
     before = work_of(folder, data=data).prepared.fingerprint
     assert work_of(folder, data=data).prepared.fingerprint == before
-    rows = (folder / "old.jsonl").read_text().replace("return 4", "return 5")
-    (folder / "old.jsonl").write_text(rows)
+    rows = (folder / "old.jsonl").read_text(encoding="utf-8").replace("return 4", "return 5")
+    (folder / "old.jsonl").write_text(rows, encoding="utf-8")
     assert work_of(folder, data=data).prepared.fingerprint != before
 
 
 def test_replayed_rows_that_are_too_long_are_left_out_or_refused(folder: Path) -> None:
     long = {"prompt": "x" * 300, "completion": "y"}
-    with open(folder / "old.jsonl", "a") as file:
+    with open(folder / "old.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(long) + "\n")
     work = work_of(folder, data={**DATA, "replay": REPLAY})
     assert work.prepared.dropped["replay.0"] == 1
     assert len(work.prepared.replay["replay.0"][1]) == 5
-    (folder / "old.jsonl").write_text(json.dumps(long) + "\n")
+    (folder / "old.jsonl").write_text(json.dumps(long) + "\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"`data\.replay\.0`: every row is longer"):
         work_of(folder, data={**DATA, "replay": REPLAY})
-    (folder / "old.jsonl").write_text('{"prompt": "no answer"}\n')
+    (folder / "old.jsonl").write_text('{"prompt": "no answer"}\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"old\.jsonl:1: no answer"):
         work_of(folder, data={**DATA, "replay": REPLAY})
 

@@ -55,7 +55,7 @@ def test_another_process_is_refused_until_the_first_ends_or_is_killed(run_folder
     assert (run_folder / LOCK).exists()  # it has not cleaned up
     refuse_if_taken(run_folder)
     with one_writer(run_folder):
-        assert json.loads((run_folder / LOCK).read_text())["pid"] == os.getpid()
+        assert json.loads((run_folder / LOCK).read_text(encoding="utf-8"))["pid"] == os.getpid()
 
     child = holder(run_folder)
     child.communicate("")
@@ -66,7 +66,7 @@ def test_another_process_is_refused_until_the_first_ends_or_is_killed(run_folder
 
 def test_it_is_given_back_however_the_block_ends(run_folder: Path) -> None:
     def fails() -> None:
-        (run_folder / "work").write_text("")
+        (run_folder / "work").write_text("", encoding="utf-8")
         raise ZeroDivisionError
 
     for _ in range(2):
@@ -129,14 +129,14 @@ def test_where_no_file_is_locked_its_words_count(
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
     run_folder.mkdir(parents=True)
-    (run_folder / LOCK).write_text(json.dumps(told) if told else "")
+    (run_folder / LOCK).write_text(json.dumps(told) if told else "", encoding="utf-8")
     if refused is None:
         with one_writer(run_folder):
             pass
         return
     with pytest.raises(RunFolderError, match=refused), one_writer(run_folder):
         pass
-    assert json.loads((run_folder / LOCK).read_text()) == told
+    assert json.loads((run_folder / LOCK).read_text(encoding="utf-8")) == told
 
 
 @pytest.fixture(scope="module")
@@ -150,11 +150,11 @@ def test_a_second_run_is_refused_before_anything_is_read(
 ) -> None:
     monkeypatch.setattr(pipeline, "prepare", lambda *_, **__: pytest.fail("it was read"))
     with one_writer(folder / "runs" / "taken"):
-        (folder / "runs" / "taken" / "fingerprint").write_text("1")
+        (folder / "runs" / "taken" / "fingerprint").write_text("1", encoding="utf-8")
         ended = command(folder, capsys, "train", "recipe.yaml", "name=taken", how)
         assert (ended.code, len(ended.err)) == (2, 1)
         assert ended.err[0].startswith(f"error: runs/taken is being written by process {os.getpid()} on ")
-        assert (folder / "runs" / "taken" / "fingerprint").read_text() == "1"
+        assert (folder / "runs" / "taken" / "fingerprint").read_text(encoding="utf-8") == "1"
 
 
 def test_a_run_that_replaces_another_keeps_its_lock(
@@ -178,7 +178,7 @@ def test_a_run_that_replaces_another_keeps_its_lock(
             command(folder, capsys, *asked, "--overwrite")
     assert removed and (run / "fingerprint").exists() and not (run / "stages.json").exists()
     assert command(folder, capsys, *asked, "--resume").code == 0
-    assert json.loads((run / "stages.json").read_text()).keys() >= {"train"}
+    assert json.loads((run / "stages.json").read_text(encoding="utf-8")).keys() >= {"train"}
 
     locked: list[bool] = []
     plain = pipeline.open_run

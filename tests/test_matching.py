@@ -175,7 +175,7 @@ def test_projections_train_and_survive_a_stop_with_the_same_bits(method: str, tm
 
     # A resumed run that draws its projections anew ends elsewhere.
     mx.save_safetensors(str(saved / "weights.safetensors"), {**weights, **hung(first.model)})
-    write_manifest(saved, json.loads((saved / MANIFEST).read_text())["counters"])
+    write_manifest(saved, json.loads((saved / MANIFEST).read_text(encoding="utf-8"))["counters"])
     forgetful = fresh(recipe)
     for folder in set(saved.parent.iterdir()) - {saved}:
         folder.rename(tmp_path / folder.name)

@@ -23,25 +23,25 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     }.items():
         run = tmp_path / "runs" / name
         run.mkdir(parents=True)
-        (run / "fingerprint").write_text("0123456789abcdef\n")
-        (run / "recipe.yaml").write_text(workshop.RECIPE)
+        (run / "fingerprint").write_text("0123456789abcdef\n", encoding="utf-8")
+        (run / "recipe.yaml").write_text(workshop.RECIPE, encoding="utf-8")
         for one in models:
             model(run / "models" / one)
     (tmp_path / "runs" / "done" / "stages.json").write_text(
-        json.dumps({"train": {}, "baseline": {}, "quantize": {"models": []}})
+        json.dumps({"train": {}, "baseline": {}, "quantize": {"models": []}}), encoding="utf-8"
     )
     why = {"train": {}, "baseline": {"why": "`evaluate.baseline` is false"}}
-    (tmp_path / "runs" / "alone" / "stages.json").write_text(json.dumps(why))
+    (tmp_path / "runs" / "alone" / "stages.json").write_text(json.dumps(why), encoding="utf-8")
     alone = workshop.RECIPE.replace("teacher: {model: teacher}", "teacher: {model: student, ema: 0.9}")
     alone = alone.replace("  shape: {", "  tokenizer: {pieces: 300}\n  shape: {")
-    (tmp_path / "runs" / "alone" / "recipe.yaml").write_text(alone)
+    (tmp_path / "runs" / "alone" / "recipe.yaml").write_text(alone, encoding="utf-8")
     (tmp_path / "runs" / "notes").mkdir()
     return tmp_path
 
 
 def model(folder: Path) -> None:
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text("{}", encoding="utf-8")
 
 
 FOUND = {

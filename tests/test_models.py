@@ -53,9 +53,9 @@ def test_rope_theta_of_transformers_5_is_not_lost(tokenizer, tmp_path):
     """Nested in `rope_parameters`, mlx-lm's llama would silently use 10000."""
     built = models.build(Shape(**SHAPE, rope_theta=777.0), tokenizer, seed=1)
     models.save(tmp_path / "m", built)
-    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config = json.loads((tmp_path / "m" / "config.json").read_text(encoding="utf-8"))
     config["rope_parameters"] = {"rope_theta": config.pop("rope_theta"), "rope_type": "default"}
-    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert np.array_equal(logits_of(models.load(str(tmp_path / "m"), "x")), logits_of(built))
 
 
@@ -88,7 +88,10 @@ def test_a_quantized_model_survives_its_folder(bits, tokenizer, tmp_path):
     models.save(tmp_path / "m", small)
     loaded = models.load(str(tmp_path / "m"), "x")
     assert np.array_equal(logits_of(loaded), logits_of(small))
-    assert json.loads((tmp_path / "m" / "config.json").read_text())["quantization"]["bits"] == bits
+    assert (
+        json.loads((tmp_path / "m" / "config.json").read_text(encoding="utf-8"))["quantization"]["bits"]
+        == bits
+    )
     assert models.parameter_count(loaded.model) == count
     assert (np.abs(logits_of(loaded) - before).max() < 0.05) == (bits == 8)
 
@@ -149,9 +152,9 @@ def test_layers_limits_the_adapters():
 def test_an_unknown_model_type_is_refused_in_one_line(tokenizer, tmp_path):
     built = models.build(Shape(**SHAPE), tokenizer, seed=1)
     models.save(tmp_path / "m", built)
-    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config = json.loads((tmp_path / "m" / "config.json").read_text(encoding="utf-8"))
     config["model_type"] = "perceptron"
-    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ModelError, match="perceptron") as info:
         models.load(str(tmp_path / "m"), "teacher.model")
     assert "\n" not in str(info.value)

@@ -106,7 +106,7 @@ def test_a_built_model_survives_its_folder(tmp_path: Any) -> None:
     model = load(str(tmp_path))[0]
     tokens = mx.array([[3, 5, 7, 11]])
     assert mx.array_equal(model(tokens), built.model(tokens))
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     told = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "head_dim": 16}
     told |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
     told |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "intermediate_size": 128}

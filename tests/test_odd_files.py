@@ -27,8 +27,8 @@ from mlx_distill.time_limit import time_limit
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "runs" / "x"
     (folder / "checkpoints" / "step-000001").mkdir(parents=True)
-    (folder / FINGERPRINT).write_text("0")
-    (folder / "log.txt").write_text("")
+    (folder / FINGERPRINT).write_text("0", encoding="utf-8")
+    (folder / "log.txt").write_text("", encoding="utf-8")
     return folder
 
 

@@ -420,7 +420,10 @@ def test_lengths_are_in_the_metrics_and_the_alarm_on_the_console(tmp_path: Path)
     lines, log = io.StringIO(), open_log(tmp_path / "run")
     log.run.console = Console(lines)
     learn(how, log)
-    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    metrics = [
+        json.loads(line)
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [line["step"] for line in metrics] == [3, 6]
     for line in metrics:
         assert line["own_share"] == 1 and 1 < line["own_length"] <= 12 and 0.5 < line["own_unfinished"] <= 1

@@ -31,7 +31,7 @@ def run(folder: Path, name: str, *overrides: str, **how: Any) -> tuple[Path, dic
         loaded = recipe.load("recipe.yaml", [f"name={name}", *SHORT, *overrides])
         found = folder / pipeline.run(loaded, Console(lines), **how)
     evaluation = found / "evaluation.json"
-    measured = json.loads(evaluation.read_text())["models"] if evaluation.exists() else {}
+    measured = json.loads(evaluation.read_text(encoding="utf-8"))["models"] if evaluation.exists() else {}
     return found, measured, lines.getvalue()
 
 
@@ -56,7 +56,7 @@ def test_a_student_is_measured_against_itself_before_training(
     assert models["teacher"]["nll"] == pytest.approx(models["student_before"]["nll"], abs=1e-5)
     assert models["student_before"]["kl"] == pytest.approx(0, abs=1e-5)
     assert models["student"]["kl"] > 1e-4
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     drift = [line["valid_kl"] for line in lines if "valid_kl" in line]
     assert len(drift) == 3 and min(drift) > 1e-4
 
@@ -91,7 +91,10 @@ def test_the_student_answers_prompts_before_it_learns(folder: Path) -> None:
         "data={prompts: good.jsonl, test: good.jsonl, max_tokens: 128}",
         "generate={max_tokens: 40, temperature: 1.0, samples: 4}",
     )
-    kept = [json.loads(line) for line in (path / "samples" / "generated.jsonl").read_text().splitlines()]
+    kept = [
+        json.loads(line)
+        for line in (path / "samples" / "generated.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert any(line["kept"] for line in kept)
     assert models["teacher"]["nll"] == pytest.approx(models["student_before"]["nll"], abs=1e-5)
 
@@ -102,14 +105,14 @@ def test_own_rows_alone_need_no_answers(folder: Path) -> None:
     path, models, said = run(folder, "own", data, OWN, "objective={reverse_kl: }")
     assert not (path / "samples" / "generated.jsonl").exists()
     assert models["student"]["kl"] < models["student_before"]["kl"]
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert all(line["own_share"] == 1 and 0 < line["own_length"] <= 6 for line in lines)
     assert "own_length" in said
 
 
 def test_own_rows_among_those_of_the_data(folder: Path) -> None:
     path, *_ = run(folder, "mixed", OWN, "generate.on_policy.share=0.5", "train.steps=20", upto="train")
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     shares = [line["own_share"] for line in lines]
     assert 0.2 < sum(shares) / len(shares) < 0.8
     assert all(("cross_entropy" in line) == (line["own_share"] < 1) for line in lines)
@@ -119,7 +122,7 @@ def test_the_baseline_never_writes(folder: Path) -> None:
     path, *_ = run(
         folder, "baseline", OWN, "objective={reverse_kl: }", "evaluate.baseline=true", upto="baseline"
     )
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {line["stage"] for line in lines if "own_share" in line} == {"student"}
     assert "cross_entropy" in next(line for line in lines if line["stage"] == "baseline")
 
@@ -148,7 +151,9 @@ def test_a_new_student_follows_its_own_average(folder: Path) -> None:
 def test_data_that_do_not_do(
     folder: Path, overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (folder / "text.jsonl").write_text(json.dumps({"text": "def add(x): return x + 1"}) + "\n")
+    (folder / "text.jsonl").write_text(
+        json.dumps({"text": "def add(x): return x + 1"}) + "\n", encoding="utf-8"
+    )
     before = workshop.contents(folder)
     ended = command(folder, capsys, "run", "recipe.yaml", "name=bad", *overrides)
     assert (ended.code, len(ended.err)) == (2, 1)

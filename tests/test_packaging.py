@@ -19,7 +19,7 @@ import mlx_distill
 from mlx_distill.bundled import recipes_folder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 
 # Import name -> name on the package index, where the two differ.
@@ -79,20 +79,20 @@ OPTIONAL = {name for extra in EXTRAS.keys() - {*BACKENDS, "dev"} for name in dec
 def test_every_import_of_the_package_is_declared():
     allowed = declared(PROJECT["dependencies"]) | OPTIONAL
     for path in (REPOSITORY / "mlx_distill").rglob("*.py"):
-        assert imported(ast.walk(ast.parse(path.read_text()))) <= allowed, path
+        assert imported(ast.walk(ast.parse(path.read_text(encoding="utf-8")))) <= allowed, path
 
 
 def test_every_dependency_is_imported_somewhere():
     used = set()
     for path in (REPOSITORY / "mlx_distill").rglob("*.py"):
-        used |= imported(ast.walk(ast.parse(path.read_text())))
+        used |= imported(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     assert declared(PROJECT["dependencies"]) | OPTIONAL == used
 
 
 def test_optional_packages_are_never_imported_at_the_top_of_a_file():
     """But in `harness_model.py`, whose class is of a kind of lm-eval's; it is imported where it is used."""
     for path in (REPOSITORY / "mlx_distill").rglob("*.py"):
-        top = ast.parse(path.read_text()).body
+        top = ast.parse(path.read_text(encoding="utf-8")).body
         assert path.name == "harness_model.py" or not imported(top) & OPTIONAL, path
         froms = {node.module for node in top if isinstance(node, ast.ImportFrom)}
         assert "mlx_distill.evaluate.harness_model" not in froms, path
@@ -161,7 +161,7 @@ def test_the_module_runs_as_the_command_does():
 
 
 def test_make_knows_the_targets_that_the_readme_names():
-    text = (REPOSITORY / "Makefile").read_text()
+    text = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     for target in ("quickstart", "test", "test-slow", "check", "clean"):
         assert re.search(rf"^{target}:", text, re.MULTILINE), target
     assert os.access(REPOSITORY / ".ci" / "run", os.X_OK)

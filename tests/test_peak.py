@@ -16,7 +16,7 @@ ON_CPU = mx.default_device() == mx.cpu
 
 
 def read(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "memory.json").read_text())
+    return json.loads((folder / "memory.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.skipif(peak.resident("VmHWM") is None and ON_CPU, reason="nothing tells memory here")

@@ -84,7 +84,7 @@ def finished(folder: Path, read_by_whole: set[str]) -> Path:
 
 
 def test_everything_is_there(finished: Path) -> None:
-    tree = json.loads((finished / "evaluation.json").read_text())
+    tree = json.loads((finished / "evaluation.json").read_text(encoding="utf-8"))
     assert (tree["schema"], tree["recipe"], list(tree["models"])) == (1, "whole", MODELS)
     everyone = {"nll", "bits_per_byte", "pass@1", "pass@1_stderr", "problems", "rougeL", "parameters"}
     speed = {
@@ -122,11 +122,13 @@ def test_everything_is_there(finished: Path) -> None:
         "models",
         "report.html",
     } <= names
-    assert list(json.loads((finished / "stages.json").read_text())) == list(pipeline.STAGES)
+    assert list(json.loads((finished / "stages.json").read_text(encoding="utf-8"))) == list(pipeline.STAGES)
 
 
 def test_metrics_name_step_and_stage(finished: Path) -> None:
-    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (finished / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     losses = [(line["stage"], line["step"]) for line in lines if "loss" in line]
     assert losses == [("student", 2), ("student", 4), ("baseline", 2), ("baseline", 4)]
     student, baseline = lines[0], next(line for line in lines if line["stage"] == "baseline")
@@ -140,7 +142,7 @@ def test_metrics_name_step_and_stage(finished: Path) -> None:
 def test_samples_stand_side_by_side(finished: Path) -> None:
     rows = [
         json.loads(line)
-        for line in (finished / "samples" / "evaluation.jsonl").read_text().split("\n")
+        for line in (finished / "samples" / "evaluation.jsonl").read_text(encoding="utf-8").split("\n")
         if line
     ]
     assert len(rows) == 6
@@ -150,7 +152,7 @@ def test_samples_stand_side_by_side(finished: Path) -> None:
         assert all({"text", "score", "why"} <= answer.keys() for answer in row["answers"].values())
     written = [
         json.loads(line)
-        for line in (finished / "samples" / "generated.jsonl").read_text().split("\n")
+        for line in (finished / "samples" / "generated.jsonl").read_text(encoding="utf-8").split("\n")
         if line
     ]
     assert len(written) == 8
@@ -182,21 +184,25 @@ def test_a_forgotten_stage_is_done_again_and_gives_the_same(
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     runs = copy / "runs" / "whole"
-    stages = json.loads((runs / "stages.json").read_text())
+    stages = json.loads((runs / "stages.json").read_text(encoding="utf-8"))
     for name in ("train", "quantize"):
         del stages[name]
-    (runs / "stages.json").write_text(json.dumps(stages))
+    (runs / "stages.json").write_text(json.dumps(stages), encoding="utf-8")
     shutil.rmtree(runs / "checkpoints")
     shutil.rmtree(runs / "models" / "student")
     before = {
-        name: json.loads((finished / "evaluation.json").read_text())["models"][name]["nll"] for name in MODELS
+        name: json.loads((finished / "evaluation.json").read_text(encoding="utf-8"))["models"][name]["nll"]
+        for name in MODELS
     }
     run(copy, "name=whole", *WHOLE, resume=True)
     for name in ("student", "student-4bit"):
         weights = Path("models", name, "model.safetensors")
         assert (runs / weights).read_bytes() == (finished / weights).read_bytes()
-    assert json.loads((runs / "stages.json").read_text())["evaluate"] == stages["evaluate"]
-    assert before["student"] == json.loads((runs / "evaluation.json").read_text())["models"]["student"]["nll"]
+    assert json.loads((runs / "stages.json").read_text(encoding="utf-8"))["evaluate"] == stages["evaluate"]
+    assert (
+        before["student"]
+        == json.loads((runs / "evaluation.json").read_text(encoding="utf-8"))["models"]["student"]["nll"]
+    )
 
 
 FAST = ["evaluate.tasks=[fidelity]", "train.steps=2"]
@@ -206,11 +212,11 @@ def test_changed_evaluation_goes_on_with_the_same_student(folder: Path) -> None:
     name = "name=measured"
     runs, said = run(folder, name, *FAST)
     assert said.count("step     2/2") == 2
-    models = json.loads((runs / "evaluation.json").read_text())["models"]
+    models = json.loads((runs / "evaluation.json").read_text(encoding="utf-8"))["models"]
     assert list(models) == MODELS[:-1]
     _, said = run(folder, name, *FAST, "quantize.group_size=32", "evaluate.baseline=false", resume=True)
     assert "step     2/2" not in said
-    again = json.loads((runs / "evaluation.json").read_text())["models"]
+    again = json.loads((runs / "evaluation.json").read_text(encoding="utf-8"))["models"]
     assert list(again) == ["teacher", "student_before", "student", "student-4bit"]
     assert again["student"] == models["student"]
 
@@ -227,7 +233,7 @@ def test_changed_evaluation_goes_on_with_the_same_student(folder: Path) -> None:
 )
 def test_why_there_is_no_baseline(folder: Path, overrides: list[str], why: str) -> None:
     runs, _ = run(folder, "name=alone", *FAST, *overrides, upto="baseline", overwrite=True)
-    assert json.loads((runs / "stages.json").read_text())["baseline"]["why"].startswith(why)
+    assert json.loads((runs / "stages.json").read_text(encoding="utf-8"))["baseline"]["why"].startswith(why)
     assert not (runs / "models" / "baseline").exists()
 
 
@@ -300,7 +306,7 @@ def test_a_run_reads_every_option(folder: Path, finished: Path, read_by_whole: s
     assert sorted(everything - read) == sorted(UNREAD)
     # A shape is handed on whole: it becomes the model's config.
     shape = recipe.load(finished / "recipe.yaml").student.shape
-    config = json.loads((finished / "models" / "student" / "config.json").read_text())
+    config = json.loads((finished / "models" / "student" / "config.json").read_text(encoding="utf-8"))
     assert shape is not None
     given = {name: value for name, value in shape.model_dump().items() if value is not None}
     assert given.items() <= config.items()

@@ -78,7 +78,7 @@ def test_a_run_warns_in_a_line_and_changes_nothing_unasked(
     assert "--fit: train.batch_tokens=" in ended.out + "\n".join(ended.err)
     train = load(folder / "runs/fitted/recipe.yaml").train
     assert train.batch_tokens < 4096 and train.batch_tokens * train.micro_batches == 4096
-    memory = json.loads((folder / "runs/fitted/memory.json").read_text())
+    memory = json.loads((folder / "runs/fitted/memory.json").read_text(encoding="utf-8"))
     assert memory["predicted_stages_gib"]["train"] == memory["predicted_gib"]["together"]
 
 
@@ -90,12 +90,16 @@ def test_time_is_that_of_the_same_recipe_before(folder: Path, capsys: pytest.Cap
     ended = command(folder, capsys, "plan", "recipe.yaml", *wide, "train.learning_rate=1e-3")
     assert "time: unknown" in ended.out  # another run, which may take other time
     metrics = folder / "runs/timed/metrics.jsonl"
-    metrics.write_text('{"step": 1, "stage": "student", "seconds": 90}\n')  # as if it had been stopped there
+    metrics.write_text(
+        '{"step": 1, "stage": "student", "seconds": 90}\n', encoding="utf-8"
+    )  # as if it had been stopped there
     ended = command(folder, capsys, "plan", "recipe.yaml", *wide)
     assert "training 00:03:00, at 90 s a step" in ended.out
     assert "1 of 2 steps were done, which leaves 00:01:30 to `run --resume`" in ended.out
     assert "baseline" not in ended.out.split("time: ")[1]
-    (folder / "runs/timed/fingerprint").write_text(fingerprint_of(folder, capsys, *wide[1:-2], wide[-1]))
+    (folder / "runs/timed/fingerprint").write_text(
+        fingerprint_of(folder, capsys, *wide[1:-2], wide[-1]), encoding="utf-8"
+    )
     ended = command(folder, capsys, "plan", "recipe.yaml", *wide[:2], wide[-1])
     assert "the baseline's steps, at most as long each, come on top" in ended.out
 
@@ -119,8 +123,11 @@ def test_a_system_that_tells_nothing_of_its_memory(
     fast = ["name=untold", "train.steps=1", "evaluate.baseline=false", "train.compile=false"]
     ended = command(folder, capsys, "train", "recipe.yaml", *fast)
     assert ended.code == 0, ended.err
-    assert json.loads((folder / "runs/untold/memory.json").read_text())["machine_gib"] is None
-    assert json.loads((folder / "runs/untold/environment.json").read_text())["memory_gib"] is None
+    assert json.loads((folder / "runs/untold/memory.json").read_text(encoding="utf-8"))["machine_gib"] is None
+    assert (
+        json.loads((folder / "runs/untold/environment.json").read_text(encoding="utf-8"))["memory_gib"]
+        is None
+    )
 
 
 def test_a_model_that_is_not_here_is_planned(
@@ -142,15 +149,16 @@ def test_a_model_that_is_not_here_is_planned(
 
 def test_what_tells_no_time(tmp_path: Path) -> None:
     assert Timed.of(tmp_path, "x") is None
-    (tmp_path / "fingerprint").write_text("x\n")
+    (tmp_path / "fingerprint").write_text("x\n", encoding="utf-8")
     assert Timed.of(tmp_path, "x") == Timed(None, {})
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 0, "stage": "student", "seconds": 1}\n{"step": 4, "stage": "student", "seconds": 2.0}\n'
-        '{"step": 9, "stage": "baseline", "seconds": 1}\n{"step": 8, "sta'
+        '{"step": 9, "stage": "baseline", "seconds": 1}\n{"step": 8, "sta',
+        encoding="utf-8",
     )
-    (tmp_path / "times.json").write_text('{"train": 3, "cache": null}')
+    (tmp_path / "times.json").write_text('{"train": 3, "cache": null}', encoding="utf-8")
     assert Timed.of(tmp_path, "x") == Timed(0.5, {"train": 3.0}, 4)
-    (tmp_path / "times.json").write_text("{")
+    (tmp_path / "times.json").write_text("{", encoding="utf-8")
     assert Timed.of(tmp_path, "x") is None
 
 

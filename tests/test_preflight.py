@@ -42,7 +42,7 @@ def prepared(**sections: Any) -> Prepared:
 
 
 def write(path: Path, *rows: dict[str, Any]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
 
@@ -98,11 +98,11 @@ def test_one_vocabulary(folder: Path) -> None:
         prepared(student={**own, "model": "stranger"})
     # The same tokens under other numbers are no less different.
     path = folder / "student" / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
     vocabulary = tokenizer["model"]["vocab"]
     first, second = [token for token in vocabulary if len(token) == 1][:2]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    path.write_text(json.dumps(tokenizer))
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
     with pytest.raises(ModelError, match="differs from the teacher's in 2 tokens"):
         prepared(student=own)
 
@@ -134,14 +134,14 @@ def test_the_fingerprint_knows_what_is_read(folder: Path) -> None:
     assert of() == first
     shutil.copy("good.jsonl", "copy.jsonl")
     assert of(data={"valid": "copy.jsonl"}) == first
-    rows = Path("good.jsonl").read_text()
-    Path("good.jsonl").write_text(rows + "\n")
+    rows = Path("good.jsonl").read_text(encoding="utf-8")
+    Path("good.jsonl").write_text(rows + "\n", encoding="utf-8")
     assert of() == first
 
     seen = {first}
-    Path("good.jsonl").write_text(rows.replace("x + 3", "x - 3"))
+    Path("good.jsonl").write_text(rows.replace("x + 3", "x - 3"), encoding="utf-8")
     seen.add(of())
-    Path("good.jsonl").write_text(rows)
+    Path("good.jsonl").write_text(rows, encoding="utf-8")
     weights = load_file("teacher/model.safetensors")
     name = max(weights, key=lambda key: weights[key].size)
     weights[name] = weights[name] + np.float32(0.5)

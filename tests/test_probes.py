@@ -126,9 +126,9 @@ def bits(runs: Path) -> dict[str, bytes]:
 
 def without_merges(file: Path) -> None:
     """The same tokens, of which only the letters are ever used."""
-    tree = json.loads(file.read_text())
+    tree = json.loads(file.read_text(encoding="utf-8"))
     tree["model"]["merges"] = []
-    file.write_text(json.dumps(tree))
+    file.write_text(json.dumps(tree), encoding="utf-8")
 
 
 def test_equal_maps_are_not_equal_readings(folder: Path) -> None:
@@ -226,10 +226,14 @@ def test_an_own_end_stops_an_own_run(folder: Path) -> None:
     own = [*LOADED, "generate={on_policy: {max_tokens: 4}}", "objective={forward_kl: }"]
     assert ready(*own).notes == []
     config = folder / "student" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": 5}))
+    config.write_text(
+        json.dumps({**json.loads(config.read_text(encoding="utf-8")), "eos_token_id": 5}), encoding="utf-8"
+    )
     file = folder / "student" / "tokenizer_config.json"
     piece = sorted(ready(*own).tokenizer.get_vocab().items(), key=lambda one: one[1])[5][0]
-    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token": piece}))
+    file.write_text(
+        json.dumps({**json.loads(file.read_text(encoding="utf-8")), "eos_token": piece}), encoding="utf-8"
+    )
     with pytest.raises(ModelError, match="the student has to learn to stop, and no row shows it where"):
         ready(*own)
     [line] = ready(*LOADED).notes
@@ -270,8 +274,8 @@ def widen(model: Path, rows: int = 160) -> None:
         if array.shape[0] == 150:
             weights[name] = np.concatenate([array, np.ones((rows - 150, array.shape[1]), array.dtype)])
     save_file(weights, model / "model.safetensors")
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "vocab_size": rows}))
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps({**config, "vocab_size": rows}), encoding="utf-8")
 
 
 def test_a_new_student_has_a_row_for_every_id_where_ids_have_gaps() -> None:
@@ -402,9 +406,12 @@ def test_probes_are_made_once_a_run(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert made == ["teachers", "student"]
     runs, said = run(resume=True)
     assert made == ["teachers", "student"] and not said
-    found = json.loads((runs / "probes.json").read_text())
+    found = json.loads((runs / "probes.json").read_text(encoding="utf-8"))
     assert found["student"]["losses"].keys() == {"forward_kl", "cross_entropy"}
-    assert json.loads((runs / "memory.json").read_text())["measured_gib"].keys() >= {"probes", "train"}
+    assert json.loads((runs / "memory.json").read_text(encoding="utf-8"))["measured_gib"].keys() >= {
+        "probes",
+        "train",
+    }
     # Neither where nothing is trained, nor for a student that is there.
     run("name=answers", upto="generate")
     (runs / "probes.json").unlink()
@@ -426,11 +433,11 @@ def test_a_student_that_is_cut_out_is_tried_when_it_is_there(folder: Path) -> No
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probe, "try_step", noted)
         runs, said = run(CUT)
-    found = json.loads((runs / "probes.json").read_text())
+    found = json.loads((runs / "probes.json").read_text(encoding="utf-8"))
     assert found.keys() == {"teachers", "stand_in", "student"}
     assert said[0].endswith("by a model as large as the student that is to be cut out")
     assert found["stand_in"].keys() == {"rows", "width", "seconds", "peak_gib"}
-    stages = json.loads((runs / "stages.json").read_text())
+    stages = json.loads((runs / "stages.json").read_text(encoding="utf-8"))
     healed = sum(array.size for array in load_file(runs / "models/round-1/model.safetensors").values())
     assert sizes == [healed, stages["prune"]["parameters"]] and sizes[0] > sizes[1]
 
@@ -615,12 +622,12 @@ def test_a_teacher_of_which_all_is_stored_is_not_loaded(
     teacher = Work.teacher
     monkeypatch.setattr(Work, "teacher", lambda self, place: loaded.append(place) or teacher(self, place))
     second, _ = run("name=second", *cached)
-    told = [json.loads((runs / "probes.json").read_text()) for runs in (first, second)]
+    told = [json.loads((runs / "probes.json").read_text(encoding="utf-8")) for runs in (first, second)]
     assert told[0]["teachers"]["teacher"]["nll"] > 0
     assert (loaded, told[1]["teachers"]) == ([], {"teacher": {"stored": True}})
     assert told[0]["student"]["losses"] == told[1]["student"]["losses"]  # the same targets, from both places
-    rows = Path("good.jsonl").read_text()
-    Path("good.jsonl").write_text(rows + rows.splitlines()[0].replace("add", "sum") + "\n")
+    rows = Path("good.jsonl").read_text(encoding="utf-8")
+    Path("good.jsonl").write_text(rows + rows.splitlines()[0].replace("add", "sum") + "\n", encoding="utf-8")
     run("name=third", *cached)  # one more row to ask for
     assert loaded
 
@@ -628,7 +635,7 @@ def test_a_teacher_of_which_all_is_stored_is_not_loaded(
 def test_nats_of_other_tokens_are_of_the_same_text(folder: Path) -> None:
     """A model is as good in its own tokens as in those that it is told to read as another's."""
     rows = [{"prompt": "def add(x):", "completion": " return x + 1" * times} for times in (1, 2, 120)]
-    Path("long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     crossed = ["teacher={model: stranger}", *LOADED, "objective={cross_tokenizer: }"]
     for count in ("completion", "all"):
         prepared = ready(
@@ -699,7 +706,7 @@ def test_a_student_that_is_thrown_away_takes_no_more_memory(
 def test_the_largest_batch_holds_the_longest_rows_at_full_size(folder: Path) -> None:
     lengths = [3] * 6 + [20] * 3
     rows = [{"prompt": "x", "completion": " y" * length} for length in lengths]
-    Path("mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     work = work_of("data={train: mixed.jsonl, test: mixed.jsonl, max_tokens: 128}", "train.batch_tokens=240")
     found = largest_batch(work)
     longest = max(len(row.tokens) for row in work.prepared.train)

@@ -35,18 +35,18 @@ def test_a_pruned_student_is_healed_measured_and_exported(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = run(folder, capsys, "half", HALF)
-    config = json.loads((out / "models" / "pruned" / "config.json").read_text())
+    config = json.loads((out / "models" / "pruned" / "config.json").read_text(encoding="utf-8"))
     assert (config["hidden_size"], config["intermediate_size"]) == (32, 64)
     assert config["model_type"] == "llama"
-    metrics = json.loads((out / "evaluation.json").read_text())["models"]
+    metrics = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["models"]
     before = metrics["student_before"]
     assert before["parameters"] == metrics["student"]["parameters"] < metrics["teacher"]["parameters"]
     assert before["size_mib"] == pytest.approx(metrics["student"]["size_mib"], rel=0.01)
-    stages = json.loads((out / "stages.json").read_text())
+    stages = json.loads((out / "stages.json").read_text(encoding="utf-8"))
     assert stages["prune"]["parameters"] == before["parameters"]
     assert stages["prune"]["of"] == metrics["teacher"]["parameters"]
     assert set(stages["export"]) == {"pruned", "student"}, "each artefact is reloaded"
-    kept = json.loads((out / "pruning" / "round-1.json").read_text())
+    kept = json.loads((out / "pruning" / "round-1.json").read_text(encoding="utf-8"))
     assert len(kept["kept"]["hidden"]) == kept["sizes"]["hidden"] == 32
     pruned, student = weights(out / "models" / "pruned"), weights(out / "models" / "student")
     assert any((pruned[name] != student[name]).any() for name in pruned), "it learned"
@@ -55,7 +55,7 @@ def test_a_pruned_student_is_healed_measured_and_exported(
 def test_what_stays_are_the_teachers_own_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = run(folder, capsys, "layers", "student={prune: {sizes: {num_hidden_layers: 1}}}")
     teacher, pruned = weights(folder / "teacher"), weights(out / "models" / "pruned")
-    [layer] = json.loads((out / "pruning" / "round-1.json").read_text())["kept"]["layers"]
+    [layer] = json.loads((out / "pruning" / "round-1.json").read_text(encoding="utf-8"))["kept"]["layers"]
     for name, array in pruned.items():
         assert (array == teacher[name.replace("layers.0.", f"layers.{layer}.")]).all(), name
 
@@ -65,12 +65,12 @@ def test_rounds_approach_the_target_and_heal_between(
 ) -> None:
     prune = "student={prune: {sizes: {intermediate_size: 32}, rounds: 2, heal: 3, tokens: 200}}"
     out = run(folder, capsys, "rounds", prune)
-    stages = json.loads((out / "stages.json").read_text())
-    first = json.loads((out / "models" / "round-1" / "config.json").read_text())
-    last = json.loads((out / "models" / "pruned" / "config.json").read_text())
+    stages = json.loads((out / "stages.json").read_text(encoding="utf-8"))
+    first = json.loads((out / "models" / "round-1" / "config.json").read_text(encoding="utf-8"))
+    last = json.loads((out / "models" / "pruned" / "config.json").read_text(encoding="utf-8"))
     assert 96 > first["intermediate_size"] > last["intermediate_size"] == 32
     assert stages["prune"]["train_tokens"] == stages["round-1"]["train_tokens"] > 0
-    metrics = json.loads((out / "evaluation.json").read_text())["models"]
+    metrics = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["models"]
     healed = stages["round-1"]["train_tokens"] + stages["train"]["train_tokens"]
     assert metrics["student"]["train_tokens"] == healed, "all tokens that it learned from are counted"
 
@@ -165,7 +165,9 @@ def test_a_type_that_cannot_be_cut_is_named(
 ) -> None:
     strange = make(tmp_path)
     path = strange / "teacher" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "mamba2"}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"model_type": "mamba2"}), encoding="utf-8"
+    )
     ended = command(strange, capsys, "plan", "recipe.yaml", HALF)
     assert ended.code == 2 and "mamba2" in ended.err[0] and "llama" in ended.err[0]
 
@@ -179,6 +181,6 @@ def test_sparse_weights_stay_zero_to_the_end(folder: Path, capsys: pytest.Captur
             assert zeros.mean() == 0.5, name
             assert (student[name][zeros] == 0).all(), name
             assert (student[name][~zeros] != pruned[name][~zeros]).any(), name
-    metrics = json.loads((out / "evaluation.json").read_text())["models"]
+    metrics = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["models"]
     assert 0.2 < metrics["student"]["sparsity"] < 0.5
     assert mx.array(student["model.norm.weight"]).size > 0

@@ -247,7 +247,7 @@ def test_prompts_for_a_base_model_and_for_a_chat_model(shared: Path) -> None:
 
 def test_the_template_decides_which_prompt_a_model_reads(tmp_path: Path) -> None:
     """Without one the text to go on with; with one the words, and not the solution that stands behind."""
-    (tmp_path / "one.jsonl").write_text(lines(CHECKED))
+    (tmp_path / "one.jsonl").write_text(lines(CHECKED), encoding="utf-8")
     row = published.published("humaneval", str(tmp_path / "one.jsonl"), None).rows[0]
     tokenizer = tiny_tokenizer()
     assert row.prompt == CHECKED["prompt"] and row.messages is not None
@@ -299,7 +299,7 @@ def test_mbpp_as_google_first_published_it(tmp_path: Path) -> None:
         "test_list": ["assert f(root) == 3"],
         "test_setup_code": "root = Node(3)",
     }
-    (tmp_path / "mbpp.jsonl").write_text(lines({**FULL, "task_id": 7}, FULL, tree))
+    (tmp_path / "mbpp.jsonl").write_text(lines({**FULL, "task_id": 7}, FULL, tree), encoding="utf-8")
     found = published.published("mbpp", str(tmp_path / "mbpp.jsonl"), None)
     assert found.version.startswith("mbpp 1, full, ids 11-510, 2 problems")  # 7 is an example for prompts
     assert failed(found.rows, [solution(row) for row in found.rows]) == {}
@@ -309,7 +309,9 @@ def test_mbpp_as_google_first_published_it(tmp_path: Path) -> None:
 
 
 def test_a_file_whose_ids_are_none_of_the_test_is_taken_whole(tmp_path: Path) -> None:
-    (tmp_path / "mine.json").write_text(json.dumps([{**FULL, "task_id": i} for i in (601, 602)]))
+    (tmp_path / "mine.json").write_text(
+        json.dumps([{**FULL, "task_id": i} for i in (601, 602)]), encoding="utf-8"
+    )
     found = published.published("mbpp", str(tmp_path / "mine.json"), None)
     assert len(found.rows) == 2 and "all ids" in found.version
     assert found.rows[1].origin == f"{tmp_path}/mine.json, problem 2"
@@ -382,14 +384,14 @@ def without(fields: dict[str, Any], *keys: str) -> dict[str, Any]:
 )
 def test_a_bad_file_is_refused_in_one_line(tmp_path: Path, task: Any, text: str, message: str | None) -> None:
     path = tmp_path / "bad.jsonl"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=message) as caught:
         published.published(task, str(path), None)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
 
 def test_a_source_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "humaneval.jsonl").write_text(lines(CHECKED))
+    (tmp_path / "humaneval.jsonl").write_text(lines(CHECKED), encoding="utf-8")
     with pytest.raises(NotFound, match=r"evaluate.files.humaneval: .*did you mean .*humaneval.jsonl"):
         published.published("humaneval", str(tmp_path / "humanevil.jsonl"), None)
     with pytest.raises(DataError, match=r"evaluate.files.mbpp: .* is a folder; name a file in it"):
@@ -422,6 +424,8 @@ def test_the_hub_serves_parquet_through_the_package_datasets(
     assert found.rows[0].origin == "google-research-datasets/mbpp/test:1"
     assert loaded == [(("google-research-datasets/mbpp",), {"split": "test"})]
     assert asked == ["evaluate.files.mbpp google-research-datasets/mbpp"] * 2
-    (tmp_path / "test.jsonl").write_text(lines(CHECKED))  # no package is needed for JSON lines
+    (tmp_path / "test.jsonl").write_text(
+        lines(CHECKED), encoding="utf-8"
+    )  # no package is needed for JSON lines
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert published.published("humaneval", "me/mine", None).rows[0].origin == "me/mine/test.jsonl:1"

@@ -137,7 +137,7 @@ def test_layers_may_have_widths_of_their_own(tokenizer: Any, tmp_path: Path) -> 
     assert np.array_equal(logits_of(again), logits_of(small.model))
     found = {path: module.bits for path, module in again.named_modules() if hasattr(module, "bits")}
     assert found == {**dict.fromkeys(plain_layers_of(tokenizer), 4), **own}
-    told = json.loads((tmp_path / "config.json").read_text())
+    told = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert told["quantization"] == told["quantization_config"]
     assert told["quantization"]["model.embed_tokens"] == {"bits": 8, "group_size": 32, "mode": "affine"}
     assert "model.layers.0.mlp.up_proj" not in told["quantization"]
@@ -217,7 +217,7 @@ def test_dtype_is_that_of_all_beside_the_rounded_weights(
     assert types == {mx.uint32, type_of}
     assert bits_per_weight(again) == pytest.approx(bits, abs=0.15)  # the norms are few
     said = dtype or "float32"
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert (config["dtype"], config["torch_dtype"], config["text_config"]) == (said, said, {"dtype": said})
 
 
@@ -425,7 +425,7 @@ def test_what_can_be_heeded_is_read_back_from_a_resolved_recipe(
     from mlx_distill.recipe import dump, load
 
     asked = tiny_recipe(student={"shape": {**WIDE, "num_attention_heads": 2}}, quantize=options)
-    (tmp_path / "recipe.yaml").write_text(dump(asked))
+    (tmp_path / "recipe.yaml").write_text(dump(asked), encoding="utf-8")
     assert load(tmp_path / "recipe.yaml") == asked
 
 

@@ -245,7 +245,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for i in range(12)
     ]
-    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     texts = [row["prompt"] + row["completion"] for row in rows]
     tokenizer = train_tokenizer(texts, NewTokenizer(pieces=40, byte_fallback=False))
     shape = Shape(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)

@@ -26,7 +26,7 @@ train: {steps: 4, learning_rate: 1e-2}
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
-    path.write_text(TEXT)
+    path.write_text(TEXT, encoding="utf-8")
     return path
 
 

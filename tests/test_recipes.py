@@ -65,7 +65,7 @@ def test_there_are_recipes_for_both_tasks() -> None:
 @each
 def test_a_recipe_loads_and_is_the_same_after_being_written_out(file: Path, tmp_path: Path) -> None:
     loaded = recipe.load(file)
-    (tmp_path / "resolved.yaml").write_text(recipe.dump(loaded))
+    (tmp_path / "resolved.yaml").write_text(recipe.dump(loaded), encoding="utf-8")
     assert recipe.load(tmp_path / "resolved.yaml") == loaded
 
 
@@ -162,7 +162,7 @@ def test_a_recipe_that_was_not_run_says_so(file: Path) -> None:
 def test_a_misspelt_option_is_found_in_a_recipe_and_in_a_comment(tmp_path: Path) -> None:
     """The checks above can fail: the usual mistake, in both places."""
     text = (FOLDER / "local_model.yaml").read_text(encoding="utf-8").replace("warmup:", "warm_up:")
-    (tmp_path / "wrong.yaml").write_text(text)
+    (tmp_path / "wrong.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError, match=r"unknown key `train\.warm_up`; did you mean `train\.warmup`"):
         recipe.load(tmp_path / "wrong.yaml")
     assert options_written("see `train.warm_up`, or train.stepz=3") == ["train.warm_up", "train.stepz"]

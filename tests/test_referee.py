@@ -103,7 +103,7 @@ def test_the_referee_is_confined_too(way: str, tmp_path: Path) -> None:
     """Tests come from files that somebody else may have written."""
     if way.startswith("limits"):
         pytest.skip("which promises nothing")
-    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "secret").write_text("secret", encoding="utf-8")
     reading, writing = f"open({str(tmp_path / 'secret')!r})", f"open({str(tmp_path / 'mark')!r}, 'w')"
     values = refereed(reading, writing, "import os\nos.fork()", "open('here', 'w')").values
     assert isinstance(values, list)

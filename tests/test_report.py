@@ -67,15 +67,15 @@ def make_run(
     folder.mkdir(parents=True)
     evaluation = {"schema": 1, "recipe": name, "models": MODELS if models is None else models}
     evaluation |= {} if minimal else {"comparisons": COMPARISONS, "tasks": TASKS}
-    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    (folder / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
     if minimal:
         return folder
-    (folder / "recipe.yaml").write_text(RECIPE.replace("quickstart", name))
+    (folder / "recipe.yaml").write_text(RECIPE.replace("quickstart", name), encoding="utf-8")
     environment = {"mlx_distill": "0.1.0", "mlx": "0.32.4", "mlx_lm": "0.32.2", "python": "3.11.2",
                    "platform": "Linux-6.1-x86_64", "machine": "x86_64", "device": "cpu", "memory_gib": 7.8,
                    "commit": "1f3c9ab", "blas": "OpenBLAS 0.3.21", "started": "2026-11-21T02:00:00+0000",
                    "command": "mlx-distill run recipes/quickstart.yaml"}  # fmt: skip
-    (folder / "environment.json").write_text(json.dumps(environment))
+    (folder / "environment.json").write_text(json.dumps(environment), encoding="utf-8")
     lines = []
     for stage, floor in (("student", 0.15), ("baseline", 0.02)):
         for step in range(20, 601, 20):
@@ -84,22 +84,28 @@ def make_run(
             if step % 100 == 0:
                 kl = (0.12 if stage == "student" else 0.95 - 40 / step) + 6 * 0.985**step
                 lines.append({"step": step, "stage": stage, "valid_nll": kl + 0.07, "valid_kl": kl})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+    )
     (folder / "samples").mkdir()
     outcomes = ["student"] * 7 + ["all"] * 11 + ["teacher"] * 2
     rows = [_answered(number, outcome) for number, outcome in enumerate(outcomes)]
-    (folder / "samples" / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "samples" / "evaluation.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     reasons = [None] * 4930 + ["unfinished after 64 tokens"] * 41 + [f"empty {HOSTILE}"] * 29
     generated = [
         {"prompt": "p", "row": row, "answer": "a", "kept": reason is None, "reason": reason}
         for row, reason in enumerate(reasons)
     ]
-    (folder / "samples" / "generated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in generated))
-    (folder / "samples" / "disagreements.jsonl").write_text(
-        "".join(json.dumps(r) + "\n" for r in DISAGREEMENTS)
+    (folder / "samples" / "generated.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in generated), encoding="utf-8"
     )
-    (folder / "stages.json").write_text(json.dumps(STAGES))
-    (folder / "memory.json").write_text(json.dumps(MEMORY))
+    (folder / "samples" / "disagreements.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in DISAGREEMENTS), encoding="utf-8"
+    )
+    (folder / "stages.json").write_text(json.dumps(STAGES), encoding="utf-8")
+    (folder / "memory.json").write_text(json.dumps(MEMORY), encoding="utf-8")
     return folder
 
 
@@ -137,7 +143,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def html(tmp_path_factory: pytest.TempPathFactory) -> str:
     pytest.importorskip("matplotlib")
-    return write_report(make_run(tmp_path_factory.mktemp("runs") / "quickstart")).read_text()
+    return write_report(make_run(tmp_path_factory.mktemp("runs") / "quickstart")).read_text(encoding="utf-8")
 
 
 def test_every_number_of_the_evaluation_stands_in_the_tables_exactly(html: str):
@@ -202,19 +208,21 @@ def test_generated_rows_are_accounted_for(html: str):
 
 
 def test_evaluation_alone_is_enough(tmp_path: Path):
-    html = write_report(make_run(tmp_path / "run", minimal=True)).read_text()
+    html = write_report(make_run(tmp_path / "run", minimal=True)).read_text(encoding="utf-8")
     assert "92\u00a0%" in html
     assert "<h2>Samples" not in html
 
 
 def test_a_model_with_nothing_measured_is_enough(tmp_path: Path):
-    html = write_report(make_run(tmp_path / "run", models={"student": {}}, minimal=True)).read_text()
+    html = write_report(make_run(tmp_path / "run", models={"student": {}}, minimal=True)).read_text(
+        encoding="utf-8"
+    )
     assert "No score of the student was measured" in html
 
 
 def test_without_matplotlib_the_report_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    html = write_report(make_run(tmp_path / "run")).read_text()
+    html = write_report(make_run(tmp_path / "run")).read_text(encoding="utf-8")
     assert "pip install &#39;mlx-distill[report]&#39;" in html
     assert "<svg" not in html
     assert "88.1" in html
@@ -223,13 +231,13 @@ def test_without_matplotlib_the_report_says_what_to_install(tmp_path: Path, monk
 def test_half_a_line_half_a_surrogate_and_odd_values_cost_no_report(tmp_path: Path):
     models = {"student": {"pass@1": float("nan"), "kl": "a lot", "energy_price": 3.5}}
     folder = make_run(tmp_path / "run", models=models)
-    with open(folder / "metrics.jsonl", "a") as file:
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 620, "sta')
     answers = {"student": {"text": "\x00", "score": None}}
     row = {"task": "code", "prompt": "\ud800", "reference": None, "answers": answers}
-    (folder / "samples" / "evaluation.jsonl").write_text(json.dumps(row) + "\n[1]\n")
-    (folder / "environment.json").write_text("[]")
-    html = write_report(folder).read_text()
+    (folder / "samples" / "evaluation.jsonl").write_text(json.dumps(row) + "\n[1]\n", encoding="utf-8")
+    (folder / "environment.json").write_text("[]", encoding="utf-8")
+    html = write_report(folder).read_text(encoding="utf-8")
     assert "metrics.jsonl: 1 line could not be read" in html
     assert "a lot" in html
     assert "energy price" in html
@@ -239,7 +247,7 @@ def test_half_a_line_half_a_surrogate_and_odd_values_cost_no_report(tmp_path: Pa
     "text", ["", "{", "[]", '{"schema": 2, "models": {"student": {}}}', '{"schema": 1, "models": {}}']
 )
 def test_an_unreadable_evaluation_is_one_line_and_leaves_nothing(tmp_path: Path, text: str):
-    (tmp_path / "evaluation.json").write_text(text)
+    (tmp_path / "evaluation.json").write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match="mlx-distill evaluate RECIPE") as caught:
         write_report(tmp_path)
     assert "\n" not in str(caught.value)
@@ -261,8 +269,11 @@ def test_several_runs_stand_side_by_side(tmp_path: Path):
     pytest.importorskip("matplotlib")
     better = {**MODELS, "student": {**MODELS["student"], "pass@1": 0.9012}}
     one, two = make_run(tmp_path / "a"), make_run(tmp_path / "b", name="more-steps", models=better)
-    (two / "recipe.yaml").write_text((two / "recipe.yaml").read_text().replace("steps: 600", "steps: 900"))
-    html = write_comparison([one, two], tmp_path / "both.html").read_text()
+    (two / "recipe.yaml").write_text(
+        (two / "recipe.yaml").read_text(encoding="utf-8").replace("steps: 600", "steps: 900"),
+        encoding="utf-8",
+    )
+    html = write_comparison([one, two], tmp_path / "both.html").read_text(encoding="utf-8")
     page = Page(html)
     exact = [tag["value"] for name, tag in page.tags if name == "data"]
     assert "0.881" in exact and "0.9012" in exact
@@ -273,7 +284,7 @@ def test_several_runs_stand_side_by_side(tmp_path: Path):
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path):
     runs = [make_run(tmp_path / name, minimal=True) for name in ("first", "second")]
-    html = write_comparison(runs, tmp_path / "both.html").read_text()
+    html = write_comparison(runs, tmp_path / "both.html").read_text(encoding="utf-8")
     assert str(runs[0]) in html and str(runs[1]) in html
 
 
@@ -304,12 +315,14 @@ PRUNED = {
 
 
 def test_the_controls_of_a_pruned_student_have_their_own_names(tmp_path: Path):
-    html = write_report(make_run(tmp_path / "cut", models=PRUNED)).read_text()
+    html = write_report(make_run(tmp_path / "cut", models=PRUNED)).read_text(encoding="utf-8")
     for name in ("pruned, before healing", "baseline: pruned and trained on labels alone"):
         assert html.count(name) > 2, "in the table and in the samples"
     assert "student before training" not in html and "baseline, no teacher" not in html
     plain = make_run(tmp_path / "plain", name="plain")
-    both = Page(write_comparison([tmp_path / "cut", plain], tmp_path / "both.html").read_text()).text
+    both = Page(
+        write_comparison([tmp_path / "cut", plain], tmp_path / "both.html").read_text(encoding="utf-8")
+    ).text
     assert "student before training" in both and "pruned, before healing" not in both
 
 
@@ -322,6 +335,6 @@ SMALLER = {
 def test_several_quantized_models_stand_from_the_largest_to_the_smallest(tmp_path: Path):
     models = {**SMALLER, **MODELS}
     assert ordered(models)[4:] == ["student-8bit", "student-4bit", "student-mxfp4", "student-3bit"]
-    html = write_report(make_run(tmp_path / "run", models=models)).read_text()
+    html = write_report(make_run(tmp_path / "run", models=models)).read_text(encoding="utf-8")
     places = [html.index(f"</i>{name}</th>") for name in ordered(models)[4:]]
     assert places == sorted(places)

@@ -45,9 +45,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     models: dict[str, dict[str, Any]] = {name: {**found, "speed": speed} for name, found in MODELS.items()}
     models["student"]["harness_arc_easy_acc"] = 0.5125
     one, two = make_run(root / "one", models=models), make_run(root / "two", name="a-longer-name-than-that")
-    long = {**json.loads((one / "samples" / "evaluation.jsonl").read_text().split("\n")[0])}
+    long = {**json.loads((one / "samples" / "evaluation.jsonl").read_text(encoding="utf-8").split("\n")[0])}
     long["prompt"] = "x" * 3000 + HOSTILE
-    with open(one / "samples" / "evaluation.jsonl", "a") as file:
+    with open(one / "samples" / "evaluation.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(long) + "\n")
     found = frontier([Measured("one", models), Measured("two", MODELS)], "pass@1", 0.9)
     return {
@@ -74,13 +74,19 @@ def test_what_a_page_forbids_would_be_seen(
     chromium: browser.Browser, pages: dict[str, Path], tmp_path: Path
 ) -> None:
     """The usual mistake, a text that is not escaped: the browser then tells, and still sends nothing."""
-    html = pages["report"].read_text().replace("</main>", f"{HOSTILE}<p onclick='1'>x</p></main>")
+    html = (
+        pages["report"]
+        .read_text(encoding="utf-8")
+        .replace("</main>", f"{HOSTILE}<p onclick='1'>x</p></main>")
+    )
     broken = tmp_path / "broken.html"
-    broken.write_text(html)
+    broken.write_text(html, encoding="utf-8")
     chromium.open(broken)
     assert len([line for line in chromium.complaints if "Content Security Policy" in line]) >= 2
     assert not [url for url in chromium.requests if url.startswith("http")]
-    broken.write_text(html.replace("Content-Security-Policy", "x").replace("alert(", "void ("))
+    broken.write_text(
+        html.replace("Content-Security-Policy", "x").replace("alert(", "void ("), encoding="utf-8"
+    )
     chromium.open(broken)
     assert [url for url in chromium.requests if "evil.example" in url], (
         "without the policy it would be asked for"
@@ -128,7 +134,7 @@ def test_the_numbers_on_the_page_are_those_of_the_evaluation(
             section.querySelector('h2').textContent, data.closest('tr').querySelector('th').textContent,
             data.closest('table').tHead.rows[0].cells[data.closest('td').cellIndex].title.split(':')[0],
             data.dataset.metric, data.value]))""")
-    models = json.loads((pages["report"].parent / "evaluation.json").read_text())["models"]
+    models = json.loads((pages["report"].parent / "evaluation.json").read_text(encoding="utf-8"))["models"]
     labels = {name: m.label(name, models) for name in models}
     found = {}
     for title, model, heading, metric, value in cells:
@@ -165,7 +171,7 @@ def test_the_differences_on_the_page_are_those_of_the_evaluation(
     shown = chromium.run(
         f"{rows}.map(e => [e.querySelector('data').value, e.querySelector('.word').innerText])"
     )
-    tree = json.loads((pages["report"].parent / "evaluation.json").read_text())
+    tree = json.loads((pages["report"].parent / "evaluation.json").read_text(encoding="utf-8"))
     assert [float(value) for value, _ in shown] == [one["difference"] for one in tree["comparisons"]]
     first = [word.split(" ", 1) for _, word in shown if word]
     assert [word for _, word in first] == [one["verdict"] for one in tree["comparisons"]][: len(first)]

@@ -21,7 +21,7 @@ from mlx_distill.report_samples import folded, samples, shown
 from mlx_distill.report_tasks import unlike
 from mlx_distill.run_record import RunRecord, read_run
 
-STYLE = (Path(__file__).parent.parent / "mlx_distill" / "pages" / "style.css").read_text()
+STYLE = (Path(__file__).parent.parent / "mlx_distill" / "pages" / "style.css").read_text(encoding="utf-8")
 
 
 def read(folder: Path, **files: Any) -> RunRecord:
@@ -31,7 +31,7 @@ def read(folder: Path, **files: Any) -> RunRecord:
         stem, _, kind = name.rpartition("_")
         path = run / f"{stem}.json" if kind == "json" else run / "samples" / f"{stem}.jsonl"
         lines = [json.dumps(one) for one in value] if kind == "jsonl" else [json.dumps(value)]
-        path.write_text("\n".join(lines) + "\n")
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return read_run(run)
 
 
@@ -128,10 +128,12 @@ def test_rows_of_one_text_stay_rows_of_their_own(tmp_path: Path) -> None:
 def test_a_comparison_shows_verdicts_samples_and_what_was_asked_otherwise(tmp_path: Path) -> None:
     for name in ("a", "b"):
         make_run(tmp_path / name, name=name)
-    tree = json.loads((tmp_path / "b" / "evaluation.json").read_text())
+    tree = json.loads((tmp_path / "b" / "evaluation.json").read_text(encoding="utf-8"))
     tree["tasks"]["code"]["temperature"] = 0.8
-    (tmp_path / "b" / "evaluation.json").write_text(json.dumps(tree))
-    html = write_comparison([tmp_path / "a", tmp_path / "b"], tmp_path / "both.html").read_text()
+    (tmp_path / "b" / "evaluation.json").write_text(json.dumps(tree), encoding="utf-8")
+    html = write_comparison([tmp_path / "a", tmp_path / "b"], tmp_path / "both.html").read_text(
+        encoding="utf-8"
+    )
     text = " ".join(Page(html).text.split())
     for name in ("a", "b"):
         assert f"{name}: The student" in text
@@ -151,7 +153,7 @@ def marked(html: str) -> list[str]:
 
 
 def test_the_tokens_of_an_answer_join_to_it_and_the_worst_comes_first(tmp_path: Path) -> None:
-    html = write_report(make_run(tmp_path / "run")).read_text()
+    html = write_report(make_run(tmp_path / "run")).read_text(encoding="utf-8")
     wanted = ["".join(token[0] for token in row["tokens"]) for row in (DISAGREEMENTS[1], DISAGREEMENTS[0])]
     assert marked(html) == wanted
     assert "teacher ␣x↵ · the student ␣y↵ · right ␣x↵" in html
@@ -345,7 +347,7 @@ def test_published_sets_are_groups_of_their_own_behind_the_users_rows() -> None:
 
 
 def test_what_failed_stands_before_the_answer(tmp_path: Path) -> None:
-    html = write_report(make_run(tmp_path / "run")).read_text()
+    html = write_report(make_run(tmp_path / "run")).read_text(encoding="utf-8")
     at = html.index('<div class="why">f([1, 2]) gave 7, not 12</div>')
     assert html.index("values = [x + 2 for x in values]") > at
 
@@ -377,12 +379,12 @@ def test_where_nothing_held_the_programs_the_report_warns(tmp_path: Path) -> Non
     assert sandbox_of({"student": {"humaneval_sandbox": "limits"}})[1]
     assert sandbox_of({"student": {"pass@1": 0.5}}) == (None, [])
     models = {name: {**found, "sandbox": "limits"} for name, found in MODELS.items()}
-    html = write_report(make_run(tmp_path / "run", models=models)).read_text()
+    html = write_report(make_run(tmp_path / "run", models=models)).read_text(encoding="utf-8")
     assert "Trust these numbers as far as you trust the models" in html[: html.index("<main>")]
 
 
 def test_how_a_task_was_asked_stands_at_the_foot(tmp_path: Path) -> None:
-    text = Page(write_report(make_run(tmp_path / "run")).read_text()).text
+    text = Page(write_report(make_run(tmp_path / "run")).read_text(encoding="utf-8")).text
     foot = " ".join(text[text.rindex("How it was made") :].split())
     assert "mlx-distill run recipes/quickstart.yaml mlx_distill 0.1.0 · commit 1f3c9ab · MLX 0.32.4" in foot
     for value in ("2", "1000", "0.0", "100", "256", "5.0", "abababababab…"):
@@ -404,16 +406,18 @@ def test_odd_values_in_any_file_cost_no_report(tmp_path: Path, monkeypatch: pyte
     ]
     for number, value in enumerate(odd):
         run = make_run(tmp_path / str(number))
-        tree = json.loads((run / "evaluation.json").read_text())
+        tree = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
         tree |= {"comparisons": value, "tasks": {"code": value}}
-        (run / "evaluation.json").write_text(json.dumps(tree))
+        (run / "evaluation.json").write_text(json.dumps(tree), encoding="utf-8")
         for name in ("stages", "memory", "environment"):
-            (run / f"{name}.json").write_text(json.dumps(value))
-        (run / "stages.json").write_text(json.dumps({"train": value, "baseline": {"rows": value}}))
+            (run / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
+        (run / "stages.json").write_text(
+            json.dumps({"train": value, "baseline": {"rows": value}}), encoding="utf-8"
+        )
         (run / "memory.json").write_text(
-            json.dumps({"predicted_gib": value, "measured_gib": {"train": value}})
+            json.dumps({"predicted_gib": value, "measured_gib": {"train": value}}), encoding="utf-8"
         )
         for name in ("evaluation", "disagreements", "generated"):
-            (run / "samples" / f"{name}.jsonl").write_text(json.dumps(value) + "\n")
-        assert "88.1" in write_report(run).read_text()
-        assert "88.1" in write_comparison([run, run], tmp_path / "both.html").read_text()
+            (run / "samples" / f"{name}.jsonl").write_text(json.dumps(value) + "\n", encoding="utf-8")
+        assert "88.1" in write_report(run).read_text(encoding="utf-8")
+        assert "88.1" in write_comparison([run, run], tmp_path / "both.html").read_text(encoding="utf-8")

@@ -98,7 +98,7 @@ def test_a_run_learns_from_it_and_measures_it(folder: Path, capsys: pytest.Captu
         ended = command(folder, capsys, "run", "recipe.yaml", f"name={name}", *FAST, *asked)
         assert ended.code == 0, ended.err
     found = [
-        json.loads((folder / "runs" / name / "evaluation.json").read_text())["models"]
+        json.loads((folder / "runs" / name / "evaluation.json").read_text(encoding="utf-8"))["models"]
         for name in ("asked", "before")
     ]
     for model in ("teacher", "student"):

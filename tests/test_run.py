@@ -45,8 +45,8 @@ def test_a_new_folder_says_what_it_is(tmp_path: Path) -> None:
     run = opened(recipe, tmp_path / "my runs", "abc")
     assert run.folder == tmp_path / "my runs" / "tiny"
     assert load(run.folder / "recipe.yaml") == recipe
-    assert (run.folder / "fingerprint").read_text() == "abc\n"
-    known = json.loads((run.folder / "environment.json").read_text())
+    assert (run.folder / "fingerprint").read_text(encoding="utf-8") == "abc\n"
+    known = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))
     names = "mlx_distill mlx mlx_lm python platform machine device memory_gib commit blas command started"
     assert set(names.split()) <= known.keys()
     assert not list(run.folder.rglob("*.part"))
@@ -74,11 +74,11 @@ def test_a_taken_folder(tmp_path: Path) -> None:
 )
 def test_another_recipe_does_not_go_on(tmp_path: Path, sections: dict[str, Any], field: str) -> None:
     run = opened(tiny_recipe(), tmp_path)
-    before = (run.folder / "recipe.yaml").read_text()
+    before = (run.folder / "recipe.yaml").read_text(encoding="utf-8")
     with pytest.raises(RunFolderError) as caught:
         opened(tiny_recipe(**sections), tmp_path, "1", resume=True)
     assert f"was made by another recipe ({field}" in str(caught.value)
-    assert (run.folder / "recipe.yaml").read_text() == before
+    assert (run.folder / "recipe.yaml").read_text(encoding="utf-8") == before
 
 
 def test_other_data_does_not_go_on(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_other_data_does_not_go_on(tmp_path: Path) -> None:
 def test_what_is_no_run_folder_is_left_alone(tmp_path: Path, how: dict[str, bool]) -> None:
     thesis = tmp_path / "tiny" / "thesis.txt"
     thesis.parent.mkdir()
-    thesis.write_text("years of work")
+    thesis.write_text("years of work", encoding="utf-8")
     with pytest.raises(RunFolderError, match="no run folder"):
         opened(tiny_recipe(), tmp_path, **how)
     assert [path.name for path in thesis.parent.iterdir()] == ["thesis.txt"]
@@ -101,7 +101,7 @@ def test_what_is_no_run_folder_is_left_alone(tmp_path: Path, how: dict[str, bool
 def test_a_folder_that_a_kill_left_empty_goes_on(tmp_path: Path, left: list[str]) -> None:
     (tmp_path / "tiny").mkdir()
     for name in left:
-        (tmp_path / "tiny" / name).write_text("01")
+        (tmp_path / "tiny" / name).write_text("01", encoding="utf-8")
     assert opened(tiny_recipe(), tmp_path, resume=True).stages() == {}
 
 
@@ -247,7 +247,9 @@ def test_a_manifest_answers_for_itself(tmp_path: Path) -> None:
     optimizer.init(model.trainable_parameters())
     checkpoint.save(tmp_path / "step-000002", model, optimizer, {"step": 2, "tokens": 40})
     manifest = tmp_path / "step-000002" / checkpoint.MANIFEST
-    manifest.write_text(manifest.read_text().replace('"tokens": 40', '"tokens": 41'))
+    manifest.write_text(
+        manifest.read_text(encoding="utf-8").replace('"tokens": 40', '"tokens": 41'), encoding="utf-8"
+    )
     assert checkpoint.damage(tmp_path / "step-000002") == "manifest.json is not as it was written"
 
 

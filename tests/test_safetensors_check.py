@@ -29,7 +29,7 @@ def test_sound_weights_pass(tmp_path: Path) -> None:
     mx.save_safetensors(str(tmp_path / "model-1.safetensors"), {"a": mx.ones((3, 2)), "b": mx.array(1.0)})
     (tmp_path / "model-2.safetensors").write_bytes(save({"c": np.zeros((0, 2), np.float16)}))
     (tmp_path / INDEX).write_text(
-        json.dumps({"weight_map": {"a": "model-1.safetensors", "c": "model-2.safetensors"}})
+        json.dumps({"weight_map": {"a": "model-1.safetensors", "c": "model-2.safetensors"}}), encoding="utf-8"
     )
     check_weights(tmp_path)
 
@@ -105,7 +105,7 @@ def test_a_header_longer_than_any_file(tmp_path: Path) -> None:
 )
 def test_bad_index(index: Any, message: str, tmp_path: Path) -> None:
     write(tmp_path, {"a": tensor(0, 8)}, bytes(8))
-    (tmp_path / INDEX).write_text(json.dumps(index))
+    (tmp_path / INDEX).write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(ModelError, match=message):
         check_weights(tmp_path)
 
@@ -133,8 +133,8 @@ def test_other_formats_are_named(tmp_path: Path) -> None:
     ],
 )
 def test_code_in_a_model_is_refused(file: str, content: Any, message: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    (tmp_path / file).write_text(json.dumps(content))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    (tmp_path / file).write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ModelError, match=message):
         read_config(tmp_path)
 
@@ -142,7 +142,7 @@ def test_code_in_a_model_is_refused(file: str, content: Any, message: str, tmp_p
 def test_an_architecture_of_mlx_lm_needs_no_code_of_the_model(tmp_path: Path) -> None:
     """Phi-3 and others still carry `auto_map`, which mlx-lm passes over."""
     config = {"model_type": "phi3", "auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert read_config(tmp_path) == config
 
 
@@ -155,7 +155,7 @@ def test_a_type_that_mlx_lm_runs_as_another_is_its_own_too(
 ) -> None:
     """Kimi K2 comes with `auto_map`, and mlx-lm has no kimi_k2.py: it runs it as deepseek_v3."""
     config = {"model_type": model_type, "auto_map": {"AutoConfig": "x.Y"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     if known:
         assert read_config(tmp_path) == config
     else:
@@ -180,12 +180,12 @@ def test_no_folder(tmp_path: Path) -> None:
     ],
 )
 def test_sizes_that_no_model_has(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **keys}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **keys}), encoding="utf-8")
     with pytest.raises(ModelError, match=message):
         read_config(tmp_path)
 
 
 def test_sizes_that_some_models_have(tmp_path: Path) -> None:
     config = {"model_type": "x", "head_dim": None, "num_experts": 0, "intermediate_size": [64, 0]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert read_config(tmp_path) == config

@@ -61,13 +61,15 @@ def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def change(path: Path, **keys: Any) -> None:
-    tree = json.loads(path.read_text())
-    path.write_text(json.dumps({key: value for key, value in (tree | keys).items() if value != "-"}))
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(
+        json.dumps({key: value for key, value in (tree | keys).items() if value != "-"}), encoding="utf-8"
+    )
 
 
 def with_code(folder: Path, name: str = "teacher") -> Path:
     """A model whose tokenizer is Python code, which leaves a file where it runs."""
-    (folder / name / "tokenization_mine.py").write_text(CODE.replace("HERE", str(folder)))
+    (folder / name / "tokenization_mine.py").write_text(CODE.replace("HERE", str(folder)), encoding="utf-8")
     change(
         folder / name / "tokenizer_config.json",
         auto_map={"AutoTokenizer": [None, "tokenization_mine.Mine"]},
@@ -130,7 +132,7 @@ def test_code_of_a_tokenizer_runs_if_told_and_says_so(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran = with_code(folder)
-    (folder / "teacher" / "modeling_x.py").write_text("raise SystemExit('this ran')")
+    (folder / "teacher" / "modeling_x.py").write_text("raise SystemExit('this ran')", encoding="utf-8")
     ended = command(folder, capsys, "train", "recipe.yaml", "--trust-remote-code")
     assert ended.code == 0, ended.err
     assert ran.exists()
@@ -138,7 +140,7 @@ def test_code_of_a_tokenizer_runs_if_told_and_says_so(
     # What was saved is data again: no code, and none named.
     student = folder / "runs" / "tiny" / "models" / "student"
     assert not list((folder / "runs").rglob("*.py"))
-    assert "auto_map" not in (student / "tokenizer_config.json").read_text()
+    assert "auto_map" not in (student / "tokenizer_config.json").read_text(encoding="utf-8")
     ran.unlink()
     ended = command(folder, capsys, "chat", "tiny", "--prompt", "def", "--max-tokens", "2")
     assert ended.code == 0, ended.err
@@ -166,12 +168,12 @@ def test_a_student_needs_a_tokenizer_that_is_data() -> None:
 
 def test_a_saved_folder_holds_no_code(folder: Path, tmp_path: Path) -> None:
     """mlx-lm's own `save` copies every `*.py` beside the weights."""
-    (folder / "teacher" / "modeling_x.py").write_text("raise SystemExit('this ran')")
+    (folder / "teacher" / "modeling_x.py").write_text("raise SystemExit('this ran')", encoding="utf-8")
     change(folder / "teacher" / "config.json", auto_map={"AutoModelForCausalLM": "modeling_x.X"})
     loaded = models.load(str(folder / "teacher"), "x")
     models.save(tmp_path / "ours", loaded)
     assert not list((tmp_path / "ours").glob("*.py"))
-    assert "auto_map" not in json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert "auto_map" not in json.loads((tmp_path / "ours" / "config.json").read_text(encoding="utf-8"))
     assert "auto_map" in loaded.config  # the model in memory keeps what it came with
 
     from mlx_lm.utils import save as mlx_lm_save
@@ -341,7 +343,7 @@ def test_a_cache_is_never_made_of_a_folder_with_other_files(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "mine").mkdir()
-    (folder / "mine" / "00000.safetensors").write_text("a thing of mine")
+    (folder / "mine" / "00000.safetensors").write_text("a thing of mine", encoding="utf-8")
     before = contents(folder)
     cached = ("teacher.source=cache", "teacher.top_k=8", "teacher.cache=mine")
     ended = command(folder, capsys, "train", "recipe.yaml", *cached)
@@ -390,7 +392,7 @@ def test_problems_do_not_unpack_to_more_than_there_are(
 
 @pytest.mark.parametrize("content", ["", "[", "[" * 99999, "3"])
 def test_the_supervisor_passes_over_a_damaged_list_of_stages(content: str, tmp_path: Path) -> None:
-    (tmp_path / "stages.json").write_text(content)
+    (tmp_path / "stages.json").write_text(content, encoding="utf-8")
     assert _reached([tmp_path], []) == set()
 
 
@@ -431,10 +433,10 @@ def test_a_damaged_list_of_stages_is_a_line(
     content: str, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = trained / "runs" / "tiny" / "stages.json"
-    whole = path.read_text()
-    path.write_text(content)
+    whole = path.read_text(encoding="utf-8")
+    path.write_text(content, encoding="utf-8")
     ended = command(trained, capsys, "train", "recipe.yaml", "--resume")
-    path.write_text(whole)
+    path.write_text(whole, encoding="utf-8")
     assert ended.code == 2
     [line] = ended.err
     assert line.startswith(f"error: {path.relative_to(trained)}: damaged (")
@@ -443,11 +445,14 @@ def test_a_damaged_list_of_stages_is_a_line(
 
 def test_the_way_on_is_one(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = trained / "runs" / "tiny"
-    whole, student = (run / "stages.json").read_text(), run / "models" / "student" / "model.safetensors"
+    whole, student = (
+        (run / "stages.json").read_text(encoding="utf-8"),
+        run / "models" / "student" / "model.safetensors",
+    )
     before = student.read_bytes()
     (run / "stages.json").unlink()
     assert command(trained, capsys, "train", "recipe.yaml", "--resume").code == 0
-    assert json.loads((run / "stages.json").read_text()).keys() == json.loads(whole).keys()
+    assert json.loads((run / "stages.json").read_text(encoding="utf-8")).keys() == json.loads(whole).keys()
     assert student.read_bytes() == before
 
 
@@ -504,7 +509,7 @@ def test_no_secret_is_written_to_a_run_folder(
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("HTTPS_PROXY", "http://me:proxypass77@localhost:1")
     rows = [{"prompt": f"def sub(x, {i}):"} for i in range(4)]
-    (folder / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     refusal = Reply(status=400, body={"error": f"no {KEY} here"})
     fake.script.extend([refusal, refusal, refusal, Reply(body=said(f"the key is {KEY}"))])
     server = f"url: '{fake.url}', model: tiny, key_variable: SERVER_KEY, at_once: 1"
@@ -522,7 +527,7 @@ def test_no_secret_is_written_to_a_run_folder(
         assert not holding, secret
     holding = [path.name for path in run.rglob("*") if path.is_file() and mine.encode() in path.read_bytes()]
     assert holding == ["recipe.yaml"]
-    assert "***" in json.loads((run / "environment.json").read_text())["command"]
+    assert "***" in json.loads((run / "environment.json").read_text(encoding="utf-8"))["command"]
     assert any(key == f"Bearer {KEY}" for key in fake.keys)  # it was there to be found
 
 

@@ -206,10 +206,10 @@ def test_namespaces_let_it_write_in_its_folder_only(
     skip_without(kind)
     monkeypatch.setattr(backends, "require", lambda unsafe: kind)
     mine = tmp_path / "mine"
-    mine.write_text("kept")
+    mine.write_text("kept", encoding="utf-8")
     for line in (f"open({str(mine)!r}, 'w')", f"os.unlink({str(mine)!r})", f"os.rename({str(mine)!r}, 'x')"):
         assert why("import os\n" + line).startswith(("OSError", "FileNotFoundError"))
-    assert mine.read_text() == "kept"
+    assert mine.read_text(encoding="utf-8") == "kept"
     assert run(Program("open('own', 'w').write('a')", ("open('own').read()",)))[0].values == ["a"]
     seen = run(Program("import os", ("os.getpid()", "os.listdir('/')")))[0].values
     assert seen is not None
@@ -275,7 +275,7 @@ def started_by(server: worker.Worker) -> list[int]:
     tree: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
-            _, _, rest = path.read_text().rpartition(")")
+            _, _, rest = path.read_text(encoding="utf-8").rpartition(")")
             tree.setdefault(int(rest.split()[1]), []).append(int(path.parent.name))
     below = tree.get(server.process.pid, []) if server.process is not None else []
     found = []
@@ -290,7 +290,7 @@ def started_by(server: worker.Worker) -> list[int]:
 
 def state_of(pid: int) -> str:
     with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
     return "Z"
 
 

@@ -187,7 +187,7 @@ def test_the_numbers_of_kernel_calls_are_the_kernels() -> None:
     table = dict(calls.ALLOWED)
     table |= {name: numbers for name, (numbers, *_) in calls.NARROW.items()}
     for column, header in enumerate(headers):
-        found = re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", header.read_text())
+        found = re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", header.read_text(encoding="utf-8"))
         known = {name: int(number) for name, number in found}
         known |= {"newfstatat": known.get("newfstatat", known.get("fstatat"))}
         for name, numbers in table.items():
@@ -216,7 +216,7 @@ def test_a_folder_that_holds_too_much_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "sparse").write_bytes(b"")
     os.truncate(tmp_path / "sparse", watch.FOLDER_BYTES - 1)  # a link takes a byte
     assert watch.fits(str(tmp_path))
-    (tmp_path / "more").write_text("x")
+    (tmp_path / "more").write_text("x", encoding="utf-8")
     assert not watch.fits(str(tmp_path))
     (tmp_path / "sparse").unlink()
     for number in range(watch.FOLDER_FILES):
@@ -226,7 +226,7 @@ def test_a_folder_that_holds_too_much_is_noticed(tmp_path: Path) -> None:
 
 def test_a_folder_is_emptied_however_deep(tmp_path: Path) -> None:
     kept = tmp_path / "kept"
-    kept.write_text("kept")
+    kept.write_text("kept", encoding="utf-8")
     work = tmp_path / "work"
     here = os.getcwd()
     os.mkdir(work)
@@ -242,7 +242,7 @@ def test_a_folder_is_emptied_however_deep(tmp_path: Path) -> None:
         os.chdir(here)
     watch.renew(str(work))
     assert os.listdir(work) == []
-    assert kept.read_text() == "kept"
+    assert kept.read_text(encoding="utf-8") == "kept"
     watch.renew(str(tmp_path / "new"))
     assert (tmp_path / "new").is_dir()
 

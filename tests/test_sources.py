@@ -17,7 +17,7 @@ from mlx_distill.options import Data, Source
 
 def write(path: Path, *texts: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return path
 
 
@@ -149,7 +149,7 @@ def test_a_source_that_is_none(
 ) -> None:
     monkeypatch.chdir(folder)
     (folder / "empty").mkdir()
-    (folder / "notes.txt").write_text("a note")
+    (folder / "notes.txt").write_text("a note", encoding="utf-8")
     with pytest.raises(kind, match=message) as caught:
         read(Source(**fields), "train")
     assert "\n" not in str(caught.value)

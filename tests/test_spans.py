@@ -236,7 +236,7 @@ NEW = "student.tokenizer={pieces: 50, byte_fallback: false}"
 
 
 def evaluation(folder: Path, name: str) -> dict[str, Any]:
-    return json.loads((folder / "runs" / name / "evaluation.json").read_text())["models"]
+    return json.loads((folder / "runs" / name / "evaluation.json").read_text(encoding="utf-8"))["models"]
 
 
 def check_evaluation(found: dict[str, Any]) -> None:
@@ -270,10 +270,10 @@ def test_a_new_student_with_a_tokenizer_of_its_own(folder: Path, capsys: pytest.
     found = evaluation(folder, "new")
     check_evaluation(found)
     assert found["student"]["bits_per_byte"] < 0.5 * found["student_before"]["bits_per_byte"]
-    stages = json.loads((run / "stages.json").read_text())
+    stages = json.loads((run / "stages.json").read_text(encoding="utf-8"))
     assert stages["generate"]["kept"] > 0
     assert stages["train"]["rows"] == 8 + stages["generate"]["kept"]
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     learned = [line["cross_tokenizer"] for line in lines if "cross_tokenizer" in line]
     assert len(learned) == 16
     assert learned[-1] < 0.5 * learned[0]
@@ -310,16 +310,16 @@ def changed(folder: Path, name: str, part: str, value: dict[str, Any]) -> None:
     """A copy of `stranger` whose tokenizer has this part in place of, or before, its own."""
     shutil.copytree(folder / "stranger", folder / name)
     file = folder / name / "tokenizer.json"
-    tree = json.loads(file.read_text())
+    tree = json.loads(file.read_text(encoding="utf-8"))
     both = {"type": "Sequence", "normalizers": [value, tree["normalizer"]]}
-    file.write_text(json.dumps({**tree, part: both if part == "normalizer" else value}))
+    file.write_text(json.dumps({**tree, part: both if part == "normalizer" else value}), encoding="utf-8")
 
 
 def test_a_row_that_reads_differently_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changed(folder, "lower", "normalizer", {"type": "Lowercase"})
     texts = [" return x", " return True"]
     rows = [{"prompt": "def f(x):", "completion": text} for text in texts]
-    (folder / "letters.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "letters.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     more = ["name=lower", "data.train=letters.jsonl", "student={model: student}"]
     ended = command(folder, capsys, "train", *ACROSS, *more, "teacher.model=lower")
     assert (ended.code, len(ended.err)) == (2, 1)

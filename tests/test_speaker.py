@@ -286,7 +286,7 @@ def test_what_a_model_cannot_do(case: str, folder: Path, tmp_path: Path) -> None
         (tmp_path / name).mkdir()
         for file in (folder / "plain").iterdir():
             (tmp_path / name / file.name).write_bytes(file.read_bytes())
-        (tmp_path / name / "config.json").write_text('{"model_type": "nosuchtype"}')
+        (tmp_path / name / "config.json").write_text('{"model_type": "nosuchtype"}', encoding="utf-8")
         name = str(tmp_path / name)
     else:
         name = str(folder / name) if name != "nosuch" else name

@@ -231,7 +231,7 @@ if "fails" in sys.argv[1]:
 
 @pytest.fixture
 def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scratch:
-    (tmp_path / "short_lived.py").write_text(CHILD)
+    (tmp_path / "short_lived.py").write_text(CHILD, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "scratch").mkdir()
     return Scratch(tmp_path / "scratch")
@@ -278,8 +278,8 @@ def test_too_little_memory_for_one_length_leaves_the_others(
 
     monkeypatch.setattr(timing, "one_generation", refused)
     scratch = Scratch(tmp_path)
-    (tmp_path / "request.json").write_text(json.dumps({"probe": [3], "lengths": [64, 8]}))
+    (tmp_path / "request.json").write_text(json.dumps({"probe": [3], "lengths": [64, 8]}), encoding="utf-8")
     speed._child(folder, scratch)
-    refused_row, good = json.loads((tmp_path / "answer.json").read_text())["rows"]
+    refused_row, good = json.loads((tmp_path / "answer.json").read_text(encoding="utf-8"))["rows"]
     assert refused_row == {"prompt_tokens": 64, "why": "RuntimeError: [malloc] Unable to allocate 9 bytes."}
     assert good["decode_tokens_per_second"] > 0

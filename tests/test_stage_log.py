@@ -36,9 +36,12 @@ def test_metrics_of_steps_that_are_taken_again_are_dropped(log: StageLog, tmp_pa
         {"step": step, "stage": stage, "loss": 1.0} for step in (1, 2, 3) for stage in ("student", "baseline")
     ]
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "sta')
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "sta', encoding="utf-8")
     save_and_restore(log, 2)
-    kept = [(line["stage"], line["step"]) for line in map(json.loads, path.read_text().splitlines())]
+    kept = [
+        (line["stage"], line["step"])
+        for line in map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    ]
     # The other stage's lines, and those up to the checkpoint; the line that a kill cut off is gone.
     assert kept == [("student", 1), ("baseline", 1), ("student", 2), ("baseline", 2), ("baseline", 3)]
 
@@ -55,7 +58,9 @@ def test_what_json_holds_and_python_takes_for_the_end_of_a_line_costs_none(
 
 def test_numbers_that_json_does_not_have_are_left_out(log: StageLog, tmp_path: Path) -> None:
     log.validation(3, {"nll": math.inf, "kl": math.nan, "top1_agreement": 0.5})
-    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == {
+    assert json.loads(
+        (tmp_path / "metrics.jsonl").read_text(encoding="utf-8"), parse_constant=pytest.fail
+    ) == {
         "step": 3,
         "stage": "student",
         "valid_top1_agreement": 0.5,

@@ -30,7 +30,7 @@ def write_stories(text: str, folder: Path, sizes: dict[str, int], longest: int) 
     for split, size in sizes.items():
         rows = [json.dumps({"text": story}) + "\n" for story in stories[:size]]
         assert len(rows) == size
-        (folder / f"{split}.jsonl").write_text("".join(rows))
+        (folder / f"{split}.jsonl").write_text("".join(rows), encoding="utf-8")
         del stories[:size]
 
 
@@ -38,14 +38,14 @@ def write_stories(text: str, folder: Path, sizes: dict[str, int], longest: int) 
 def evaluation(shared: Path, repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What a short run of recipes/local_model.yaml measured, every stage done."""
     folder = tmp_path_factory.mktemp("stories")
-    text = (shared / "data" / "tinystories" / "stories.txt").read_text()
+    text = (shared / "data" / "tinystories" / "stories.txt").read_text(encoding="utf-8")
     write_stories(text, folder / "data", {"train": 160, "valid": 8, "test": 16}, longest=600)
     data = [f"data.{key}={folder}/data/{key}.jsonl" for key in ("train", "valid", "test")]
     overrides = [f"teacher.model={shared}/models/stories260K", *data, *QUICK]
     options = recipe.load(repository / "recipes" / "local_model.yaml", overrides)
     run = pipeline.run(options, Console(io.StringIO()), root=folder / "runs")
     assert (run / "report.html").exists()
-    return json.loads((run / "evaluation.json").read_text())["models"]
+    return json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["models"]
 
 
 def test_the_student_has_at_most_a_third_of_the_parameters(evaluation: dict) -> None:

@@ -45,7 +45,7 @@ with open("file", "w") as file:
     closing = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
     environment = {**os.environ, "PYTHONPATH": str(workshop.REPOSITORY)}
     subprocess.run([*closing, sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True)
-    number, rest = (tmp_path / "file").read_text().split(" ", 1)
+    number, rest = (tmp_path / "file").read_text(encoding="utf-8").split(" ", 1)
     assert int(number) > 2 and rest == "True 0\n"
 
 

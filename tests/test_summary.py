@@ -20,7 +20,7 @@ def reference_score(answer: str, references: list[str]) -> dict[str, float]:
 
 
 def papers(shared: Path) -> list[dict[str, Any]]:
-    lines = (shared / "data" / "scitldr" / "test.jsonl").read_text().splitlines()
+    lines = (shared / "data" / "scitldr" / "test.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 

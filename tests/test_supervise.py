@@ -69,7 +69,7 @@ class Place:
 
     def __init__(self, folder, capfd):
         self.folder, self.capfd, self.pauses = folder, capfd, []
-        (folder / "child.py").write_text(CHILD)
+        (folder / "child.py").write_text(CHILD, encoding="utf-8")
 
     @property
     def run(self):
@@ -80,15 +80,18 @@ class Place:
         return [*child, "first"], [*child, "again"]
 
     def supervise(self, *plan):
-        (self.folder / "plan.json").write_text(json.dumps(plan))
+        (self.folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
         return supervise(*self.commands(), [self.run], pause=self.pauses.append)
 
     def tries(self):
-        return [json.loads(line)[0] for line in (self.folder / "tries.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line)[0]
+            for line in (self.folder / "tries.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
 
     def log(self):
         """Lines of log.txt without their times."""
-        return [line[21:] for line in (self.run / "log.txt").read_text().splitlines()]
+        return [line[21:] for line in (self.run / "log.txt").read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture
@@ -148,7 +151,7 @@ def test_a_stage_or_stored_targets_are_progress_and_half_a_file_is_not(place):
 def test_what_cannot_be_read_is_no_progress_and_no_fault(place):
     """The run that goes on says itself what is damaged."""
     place.run.mkdir()
-    (place.run / "stages.json").write_text('{"train": ')
+    (place.run / "stages.json").write_text('{"train": ', encoding="utf-8")
     (place.run / "cache").symlink_to(place.folder / "gone")
     assert place.supervise(KILLED) == 137
     assert len(place.tries()) == 2
@@ -158,7 +161,7 @@ def test_a_cache_that_runs_share_is_looked_at_too(place):
     store = place.folder / "shared"
     first, again = place.commands()
     (place.folder / "plan.json").write_text(
-        json.dumps([KILLED, KILLED | {"makes": "../shared/shard-1"}, KILLED, {}])
+        json.dumps([KILLED, KILLED | {"makes": "../shared/shard-1"}, KILLED, {}]), encoding="utf-8"
     )
     assert supervise(first, again, [place.run], [store], pause=place.pauses.append) == 137
     assert len(place.tries()) == 3
@@ -227,7 +230,7 @@ def test_an_array_that_is_too_large_is_not_tried_again(place):
 def test_a_crash_before_the_folder_is_opened_starts_as_before(place):
     """Or `--overwrite` would become `--resume` of the run that it was to replace."""
     place.run.mkdir()
-    (place.run / "fingerprint").write_text("another run's")
+    (place.run / "fingerprint").write_text("another run's", encoding="utf-8")
     assert place.supervise(KILLED | {"opens": False}, {}) == 0
     assert place.tries() == ["first", "first"]
 
@@ -271,14 +274,14 @@ def test_a_signal_is_handed_on_once_and_ends_both(number, code, place):
         ended = place.supervise(act, {})
     sender.join()
     assert ended == (code or 128 + number)
-    assert (place.run / "came").read_text() == f"{int(number)} "
+    assert (place.run / "came").read_text(encoding="utf-8") == f"{int(number)} "
     assert place.tries() == ["first"]
     assert signal.getsignal(number) is before
 
 
 def test_the_terminal_reaches_the_run_through_the_supervisor_alone(place):
     """Ctrl-C goes to the whole group in front; twice it would not wait for a checkpoint."""
-    (place.folder / "plan.json").write_text(json.dumps([{"waits": True}]))
+    (place.folder / "plan.json").write_text(json.dumps([{"waits": True}]), encoding="utf-8")
     first, again = place.commands()
     code = (
         f"from pathlib import Path; from mlx_distill.supervise import supervise; import sys\n"
@@ -288,17 +291,17 @@ def test_the_terminal_reaches_the_run_through_the_supervisor_alone(place):
     both = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, env=environment)
     wait_for(place.run / "ready")
     # The signals of one moment may come as one, so that it was one alone does not show it.
-    assert int((place.run / "ready").read_text()) != both.pid
+    assert int((place.run / "ready").read_text(encoding="utf-8")) != both.pid
     os.killpg(both.pid, signal.SIGINT)  # as the terminal does
     assert both.wait(timeout=30) == 130
-    assert (place.run / "came").read_text() == "2 "
+    assert (place.run / "came").read_text(encoding="utf-8") == "2 "
 
 
 def test_a_signal_between_two_tries_ends_it(place):
     def pause(seconds):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    (place.folder / "plan.json").write_text(json.dumps([KILLED]))
+    (place.folder / "plan.json").write_text(json.dumps([KILLED]), encoding="utf-8")
     first, again = place.commands()
     with Interrupts().caught(), pytest.raises(Interrupted) as caught:
         supervise(first, again, [place.run], pause=pause)
@@ -337,7 +340,7 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(when, tmp_path, capfd):
                 time.sleep(0.005)
             else:
                 return
-            state = json.loads((run / "progress.json").read_text())
+            state = json.loads((run / "progress.json").read_text(encoding="utf-8"))
             if state["pid"] not in kills:
                 kills.append(state["pid"])
                 os.kill(state["pid"], signal.SIGKILL)
@@ -357,13 +360,15 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(when, tmp_path, capfd):
     assert code == 0, said.err
     assert len(kills) == len(when)
     assert said.out.count("student: going on from step") == len(when)
-    log = (run / "log.txt").read_text()
+    log = (run / "log.txt").read_text(encoding="utf-8")
     assert log.count("supervisor: the run ended by SIGKILL") == len(when)
     one, other = (
         folder / f"runs/{name}/models/student/model.safetensors" for name in ("undisturbed", "killed")
     )
     assert one.read_bytes() == other.read_bytes()
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert steps == list(range(1, STEPS + 1))  # no step twice, none missing
 
 

@@ -74,7 +74,7 @@ class Broken(Kept):
 def logged(path: Path) -> Series:
     """What metrics.jsonl holds."""
     found: Series = {}
-    for line in map(json.loads, path.read_text().splitlines()):
+    for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
         step, stage = line.pop("step"), line.pop("stage")
         for name, value in line.items():
             found.setdefault((stage, name), {})[step] = value
@@ -106,7 +106,9 @@ def test_every_number_of_metrics_jsonl_reaches_every_tracker_in_its_order(tmp_pa
     run, _ = opened(tmp_path / "run", one, other)
     trained(run, "student", 1, 5, 2.0)
     trained(run, "baseline", 1, 3, 3.0)
-    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert one.told == [("write", line["stage"], line["step"]) for line in lines] == other.told
     assert repr(one.series) == repr(logged(run.folder / "metrics.jsonl"))  # as text: NaN is not itself
     assert {("student", "loss"), ("student", "valid_nll"), ("baseline", "tokens")} <= one.series.keys()
@@ -165,7 +167,7 @@ def test_scores_are_the_numbers_of_evaluation_json(tmp_path: Path) -> None:
     text = json.dumps({"schema": 1, "models": {"teacher": {"nll": 0.25}, "student": student}})
 
     def evaluate() -> dict[str, Any]:
-        (run.folder / "evaluation.json").write_text(text)
+        (run.folder / "evaluation.json").write_text(text, encoding="utf-8")
         return {}
 
     run.stage("train", dict)
@@ -245,7 +247,7 @@ def test_a_whole_run_is_tracked(
     series = {key: points for key, points in kept.series.items() if key not in evaluation}
     assert series == logged(folder / "metrics.jsonl")
     assert {stage for stage, _ in series} == {"student", "baseline"} and ("student", "valid_nll") in series
-    models = json.loads((folder / "evaluation.json").read_text())["models"]
+    models = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["models"]
     assert evaluation["evaluation/student", "kl"] == {0: models["student"]["kl"]}
     assert {name for name, _ in evaluation} == {f"evaluation/{model}" for model in models}
     ended = command(tmp_path, capsys, *run, "train.eval_every=2", "train.log_to=[tensorboard]", "--resume")
@@ -326,7 +328,7 @@ for first, loss in ((1, 0.5), (3, 0.25)):
 
 def drive(folder: Path, name: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     """A process that tracks a run twice, as if it was resumed at step 3."""
-    (folder / "evaluation.json").write_text('{"models": {"student": {"kl": 0.5}}}')
+    (folder / "evaluation.json").write_text('{"models": {"student": {"kl": 0.5}}}', encoding="utf-8")
     home = {"HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [sys.executable, "-c", DRIVER, str(folder), name],
@@ -344,7 +346,7 @@ def test_wandb_keeps_numbers_and_the_recipe_and_nothing_else(tmp_path: Path) -> 
     where = f"wandb: scalars and the recipe stay in {tmp_path / 'wandb'} until `wandb sync` sends them"
     assert done.stdout.splitlines() == [where] * 2
     runs = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
-    identity = json.loads((tmp_path / "trackers.json").read_text())["id"]
+    identity = json.loads((tmp_path / "trackers.json").read_text(encoding="utf-8"))["id"]
     assert {path.name for path in runs} == {f"run-{identity}.wandb"}
     kept = b"".join(path.read_bytes() for path in runs)
     for part in (b"student/loss", b"student/step", b"evaluation/student/kl", b'"batch_tokens":256', b"tiny"):
@@ -370,7 +372,7 @@ def test_trackio_keeps_numbers_and_the_recipe(tmp_path: Path) -> None:
 
     done = drive(tmp_path, "trackio", TRACKIO_DIR=str(tmp_path / "kept"))
     assert (done.returncode, done.stderr) == (0, "")
-    name = "tiny-" + json.loads((tmp_path / "trackers.json").read_text())["id"]
+    name = "tiny-" + json.loads((tmp_path / "trackers.json").read_text(encoding="utf-8"))["id"]
     assert (
         done.stdout.splitlines()
         == [

@@ -377,13 +377,13 @@ def test_a_run_without_comparisons_claims_nothing():
 @pytest.mark.parametrize("given", [None, "none", [1, None, {}]])
 def test_a_run_is_opened_with_what_it_compared_and_without(tmp_path: Path, given: Any):
     tree: dict[str, Any] = {"schema": 1, "recipe": "r", "models": MODELS, "comparisons": TOLD}
-    (tmp_path / "evaluation.json").write_text(json.dumps(tree))
+    (tmp_path / "evaluation.json").write_text(json.dumps(tree), encoding="utf-8")
     run = read_run(tmp_path)
     assert verdict(run.models, run.comparisons) == verdict(MODELS, TOLD)
     tree["comparisons"] = given
     if given is None:
         del tree["comparisons"]  # as older versions wrote it
-    (tmp_path / "evaluation.json").write_text(json.dumps(tree))
+    (tmp_path / "evaluation.json").write_text(json.dumps(tree), encoding="utf-8")
     run = read_run(tmp_path)
     assert verdict(run.models, run.comparisons) == verdict(MODELS)
 

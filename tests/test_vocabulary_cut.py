@@ -324,7 +324,7 @@ def test_a_fresh_process_opens_a_cut_qwen(
     np.testing.assert_allclose(look.logits, np.array(cut.model(mx.array([probe])))[0], atol=1e-5)
     again = models.load_tokenizer(tmp_path)
     assert set(kept[sorted(end_of_turn_ids(again))]) == {151_645, 151_643}
-    assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == len(kept)
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["vocab_size"] == len(kept)
 
 
 def test_ids_of_a_config() -> None:
@@ -418,7 +418,7 @@ def test_recipes_that_contradict_it() -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make(tmp_path_factory.mktemp("workshop"))
     rows = [{"prompt": "class Größe:", "completion": " pass"}]
-    (folder / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
 
 
@@ -436,13 +436,16 @@ def test_a_run_with_a_smaller_vocabulary(folder: Path, capsys: pytest.CaptureFix
     ended = command(folder, capsys, "run", "recipe.yaml", "name=cut", *FAST, *asked, CUT)
     assert ended.code == 0, ended.err
     out = folder / "runs" / "cut"
-    answers = [json.loads(line) for line in (out / "samples" / "generated.jsonl").read_text().splitlines()]
+    answers = [
+        json.loads(line)
+        for line in (out / "samples" / "generated.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert any(answer["kept"] for answer in answers), "the teacher answers with the tokens that stay"
-    config = json.loads((out / "models" / "student" / "config.json").read_text())
-    teacher = json.loads((folder / "teacher" / "config.json").read_text())
+    config = json.loads((out / "models" / "student" / "config.json").read_text(encoding="utf-8"))
+    teacher = json.loads((folder / "teacher" / "config.json").read_text(encoding="utf-8"))
     assert config["vocab_size"] < teacher["vocab_size"]
     assert {**config, "vocab_size": 0} == {**teacher, "vocab_size": 0}
-    metrics = json.loads((out / "evaluation.json").read_text())["models"]
+    metrics = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["models"]
     assert metrics["teacher"]["parameters"] == metrics["student"]["parameters"]
     assert metrics["student_before"]["kl"] < 1e-6, "both were cut alike"
     assert metrics["teacher"]["size_mib"] == pytest.approx(metrics["student"]["size_mib"], rel=0.01)
@@ -458,7 +461,9 @@ def test_a_cache_of_a_smaller_vocabulary(folder: Path, capsys: pytest.CaptureFix
     ended = command(folder, capsys, *arguments, CUT.replace("true", "true, ratio: 0.4"))
     assert ended.code == 0, ended.err
     assert re.search(r"cut out: .*vocabulary 150 -> \d\d[,;]", ended.out), ended.out
-    metrics = json.loads((folder / "runs" / "cached" / "evaluation.json").read_text())["models"]
+    metrics = json.loads((folder / "runs" / "cached" / "evaluation.json").read_text(encoding="utf-8"))[
+        "models"
+    ]
     whole = models.parameter_count(models.load(str(folder / "teacher"), "x").model)
     assert metrics["student"]["parameters"] <= 0.4 * whole, "a share of the weights on disk"
     ended = command(folder, capsys, *arguments, "name=whole", "student={prune: {ratio: 0.5}}")
@@ -474,8 +479,10 @@ def test_a_teacher_in_few_bits_is_cut_too(folder: Path, capsys: pytest.CaptureFi
     arguments = ["recipe.yaml", "name=bits", *FAST, "export={formats: []}", "teacher.model=teacher-8bit", cut]
     ended = command(folder, capsys, "run", *arguments)
     assert ended.code == 0, ended.err
-    metrics = json.loads((folder / "runs" / "bits" / "evaluation.json").read_text())["models"]
-    config = json.loads((folder / "runs" / "bits" / "models" / "student" / "config.json").read_text())
+    metrics = json.loads((folder / "runs" / "bits" / "evaluation.json").read_text(encoding="utf-8"))["models"]
+    config = json.loads(
+        (folder / "runs" / "bits" / "models" / "student" / "config.json").read_text(encoding="utf-8")
+    )
     less = (150 - config["vocab_size"]) * config["hidden_size"]
     assert metrics["teacher"]["parameters"] == models.parameter_count(loaded.model) - less
     assert 1e-6 < metrics["student_before"]["kl"] < 1e-2, "what it was cut from has more bits"
@@ -486,7 +493,9 @@ def test_a_teacher_that_is_rounded_as_it_is_loaded(folder: Path, capsys: pytest.
     arguments = ["recipe.yaml", "name=rounded", *FAST, "export={formats: []}", rounded, CUT]
     ended = command(folder, capsys, "run", *arguments)
     assert ended.code == 0, ended.err
-    metrics = json.loads((folder / "runs" / "rounded" / "evaluation.json").read_text())["models"]
+    metrics = json.loads((folder / "runs" / "rounded" / "evaluation.json").read_text(encoding="utf-8"))[
+        "models"
+    ]
     assert metrics["teacher"]["parameters"] == metrics["student"]["parameters"]
     assert metrics["teacher"]["size_mib"] < metrics["student"]["size_mib"] / 2
     assert 1e-6 < metrics["student_before"]["kl"] < 1e-2
@@ -517,7 +526,7 @@ def test_other_rows_make_another_student(folder: Path, capsys: pytest.CaptureFix
         patch.chdir(folder)
         found = []
         for letters in pairs:
-            Path("one.jsonl").write_text(json.dumps({"text": letters}) + "\n")
+            Path("one.jsonl").write_text(json.dumps({"text": letters}) + "\n", encoding="utf-8")
             recipe = load("recipe.yaml", [CUT, "data={train: one.jsonl}", "evaluate.tasks=[]"])
             found.append(prepare(recipe))
     assert found[0].train == found[1].train

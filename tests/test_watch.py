@@ -52,13 +52,13 @@ def quiet() -> Console:
 
 
 def written(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "progress.json").read_text())
+    return json.loads((folder / "progress.json").read_text(encoding="utf-8"))
 
 
 def make(folder: Path, **files: Any) -> Path:
     """A run folder; a keyword is a JSON file, `metrics` lines of metrics.jsonl, `log` those of log.txt."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "fingerprint").write_text("0\n")
+    (folder / "fingerprint").write_text("0\n", encoding="utf-8")
     for name, value in files.items():
         lines = value if isinstance(value, list) else []
         if name == "metrics":
@@ -115,8 +115,10 @@ def working(folder: Path, **changes: Any) -> Path:
 def finished(folder: Path) -> Path:
     make(folder, stages={name: {} for name in STAGES}, times=dict.fromkeys(STAGES, 5.0), log=["last words"])
     models = {"teacher": {"nll": 0.4}, "student": SCORES, "baseline": {**SCORES, "kl": 0.75}}
-    (folder / "evaluation.json").write_text(json.dumps({"schema": 1, "recipe": "x", "models": models}))
-    (folder / "report.html").write_text("<p>")
+    (folder / "evaluation.json").write_text(
+        json.dumps({"schema": 1, "recipe": "x", "models": models}), encoding="utf-8"
+    )
+    (folder / "report.html").write_text("<p>", encoding="utf-8")
     return folder
 
 
@@ -246,7 +248,7 @@ def test_neither_a_zombie_nor_a_namesake_lives() -> None:
     assert child.stdout is not None
     child.stdout.read()  # its end of the pipe closes as it ends
     state = Path(f"/proc/{child.pid}/stat")
-    while state.read_text().rpartition(")")[2].split()[0] != "Z":
+    while state.read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z":
         time.sleep(0.01)
     assert is_alive({"pid": child.pid, "host": platform.node(), "born": None}) is False
     child.wait()
@@ -278,7 +280,7 @@ def test_a_run_keeps_times_and_lines_of_stages_that_are_done(tmp_path: Path) -> 
         except Interrupted:
             assert (written(folder)["ended"], written(folder)["stage"]) == ("stopped by SIGINT", "train")
             first = run.following.times()["train"]
-    said = [line.partition("  ")[2] for line in (folder / "log.txt").read_text().splitlines()]
+    said = [line.partition("  ")[2] for line in (folder / "log.txt").read_text(encoding="utf-8").splitlines()]
     # The third process found the stage finished: it did nothing, and left nothing.
     assert said == ["headline", "attempt 0", "headline", "attempt 1"]
     assert run.following.times()["train"] > first >= 0.05  # both attempts
@@ -304,7 +306,7 @@ def test_the_bar_of_training_has_loss_and_memory(tmp_path: Path) -> None:
             log.metrics(counters, tiny_recipe(), 1.0, 1e-3)
     how, _ = memory_in_use()
     assert list(shown[0]) == [how] and list(shown[1]) == ["loss", how]
-    line = json.loads((run.folder / "metrics.jsonl").read_text())
+    line = json.loads((run.folder / "metrics.jsonl").read_text(encoding="utf-8"))
     assert shown[1]["loss"] == line["loss"]
 
 
@@ -534,7 +536,7 @@ def test_a_run_is_followed_to_its_end(tmp_path: Path) -> None:
 
 def test_a_finished_run_says_its_verdict_at_once(tmp_path: Path) -> None:
     assert followed(finished(tmp_path / "x"), []).splitlines()[-1].startswith("report: ")
-    (tmp_path / "x" / "evaluation.json").write_text('{"schema": 7}')
+    (tmp_path / "x" / "evaluation.json").write_text('{"schema": 7}', encoding="utf-8")
     assert "expected" in followed(tmp_path / "x", [])
     (tmp_path / "x" / "evaluation.json").unlink()
     assert followed(tmp_path / "x", []).splitlines()[-1] == "finished; nothing was measured"
@@ -543,12 +545,14 @@ def test_a_finished_run_says_its_verdict_at_once(tmp_path: Path) -> None:
 def test_a_run_that_died_says_where_and_how_to_go_on(tmp_path: Path) -> None:
     folder = working(tmp_path / "runs" / "x")
     dead = json.dumps(progress_now(pid=2**30))
-    said = followed(folder, [lambda: (folder / "progress.json").write_text(dead)]).splitlines()
+    said = followed(
+        folder, [lambda: (folder / "progress.json").write_text(dead, encoding="utf-8")]
+    ).splitlines()
     assert said[-2] == f"killed at stage train: its process {2**30} is no more"
     there = f"go on with: cd {tmp_path} && mlx-distill run recipe.yaml train.steps=1000 --resume"
     assert said[-1] == there
     stopped = json.dumps(progress_now(ended="stopped by SIGINT"))
-    (folder / "progress.json").write_text(stopped)
+    (folder / "progress.json").write_text(stopped, encoding="utf-8")
     assert "stopped at stage train: stopped by SIGINT" in followed(folder, [])
 
 

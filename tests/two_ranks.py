@@ -91,7 +91,7 @@ def trained(ranks: Ranks) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         log = StageLog(Run(Path(folder), Console(io.StringIO())), "student")
         train(tiny_model(50).model, [teacher], batches, recipe, 50, log, ranks=ranks)
-        lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+        lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["loss"] for line in lines]
 
 

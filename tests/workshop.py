@@ -39,8 +39,8 @@ def make(folder: Path) -> Path:
     models.save(folder / "student", models.build(Shape(**SHAPE), tokenizer, 2))
     models.save(folder / "stranger", models.build(Shape(**SHAPE), other, 3))
     rows = [{"prompt": f"def add(x, {i}):", "completion": f" return x + {i}"} for i in range(12)]
-    (folder / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     return folder
 
 

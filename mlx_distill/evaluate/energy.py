@@ -157,9 +157,11 @@ class RaplCounter:
     def __init__(self, powercap: Path = POWERCAP) -> None:
         try:
             zones = sorted(powercap.glob("intel-rapl:*"))
-            named = {zone: (zone / "name").read_text().strip() for zone in zones}
+            named = {zone: (zone / "name").read_text(encoding="utf-8").strip() for zone in zones}
             self._names = {zone: name for zone, name in named.items() if name.startswith("package")}
-            self._wraps = {zone: int((zone / "max_energy_range_uj").read_text()) for zone in self._names}
+            self._wraps = {
+                zone: int((zone / "max_energy_range_uj").read_text(encoding="utf-8")) for zone in self._names
+            }
             self._begun = self._read()
         except PermissionError as error:
             raise Unavailable(f"{error.filename}: only root may read it (RAPL)") from None
@@ -180,7 +182,7 @@ class RaplCounter:
 
     def _read(self) -> dict[Path, int]:
         """Microjoules; back to 0 at `max_energy_range_uj`, which takes minutes at the least."""
-        return {zone: int((zone / "energy_uj").read_text()) for zone in self._names}
+        return {zone: int((zone / "energy_uj").read_text(encoding="utf-8")) for zone in self._names}
 
 
 def power_state() -> dict[str, str]:

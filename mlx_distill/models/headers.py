@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 def config_of(folder: Path) -> dict[str, Any]:
     """What config.json holds."""
-    return json.loads((folder / "config.json").read_text())
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 class Stored(NamedTuple):

@@ -71,7 +71,7 @@ def hole(kind: str) -> str | None:
     """What a program on this backend can do and should not, or why it runs none; None if it holds."""
     with tempfile.TemporaryDirectory(prefix="mlx_distill-") as outside, Worker(kind) as worker:
         secret = Path(outside, "secret")
-        secret.write_text("secret")
+        secret.write_text("secret", encoding="utf-8")
         with socket.socket() as listener:
             with contextlib.suppress(OSError):  # no loopback here
                 listener.bind(("127.0.0.1", 0))
