@@ -38,15 +38,15 @@ student:
 teacher: {model: embedded, source: cache, top_k: 16}
 data:
   train: {source: pocket, rows: 60}
-  prompts: {source: pocket, rows: 60, start: 200}
+  prompts: {source: pocket, rows: 400, start: 200}
   valid: {source: pocket, rows: 20, split: valid}
   test: {source: pocket, rows: 20, split: test}
-generate: {max_tokens: 60, batch_size: 8, temperature: 0.9, top_k: 20}
+generate: {max_tokens: 60, batch_size: 16, temperature: 0.9, top_k: 20}
 objective:
   forward_kl: {weight: 1.0}
   cross_entropy: {weight: 0.5}
 train: {steps: 120, batch_tokens: 1024, learning_rate: 3e-3, log_every: 10, eval_every: 40, save_every: 10}
-quantize: {bits: 4, group_size: 32}
+quantize: {method: dwq, bits: 4, group_size: 32, steps: 60}
 evaluate: {tasks: [fidelity, code], max_tokens: 40}
 """
 RUN = [sys.executable, "-m", "mlx_distill", "run", "soak.yaml", "--resume"]
