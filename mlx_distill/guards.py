@@ -35,6 +35,7 @@ from mlx_distill.stage_log import StageLog
 
 RECENT = 64  # losses of finished steps that a new one is compared with
 ENOUGH = 16  # of them, before the first one is
+LEAST = 0.2  # nats a label above the median of a loss that is a spike
 TOLD = 20  # skipped steps and spikes of a stage that are told one by one; all are counted
 NAMED = 8  # rows that a line names
 
@@ -183,14 +184,15 @@ def spike_limit(recent: Sequence[float], spike: float) -> float | None:
     """Above which loss a step is a spike: so many deviations above the median of the losses before it.
 
     The deviation is 1.4826 times the median distance from the median, which for normal noise is the standard
-    deviation, and which neither a spike nor a slow fall moves much; at least 1 % of the median, or any noise
-    would be a spike where the losses hardly differ. None while there are too few.
+    deviation, and which neither a spike nor a slow fall moves much; at least 1 % of the median, and all of
+    them 0.2 nats a label: where losses hardly differ, or are nearly nothing, any noise would be a spike. None
+    while there are too few.
     """
     if len(recent) < ENOUGH:
         return None
     middle = median(recent)
     deviation = 1.4826 * median(abs(loss - middle) for loss in recent)
-    return middle + spike * max(deviation, 0.01 * abs(middle))
+    return middle + max(spike * max(deviation, 0.01 * abs(middle)), LEAST)
 
 
 def limit_memory(options: Train) -> None:

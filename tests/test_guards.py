@@ -368,8 +368,9 @@ def test_the_limit_of_a_spike_by_hand():
     # Median 2.5; distances 1.5 and 0.5, eight of each and one 0: their median is 0.5.
     assert spike_limit(recent, 10.0) == pytest.approx(2.5 + 10 * 1.4826 * 0.5)
     assert spike_limit(recent[: ENOUGH - 1], 10.0) is None
-    # Losses that do not differ: at least 1 % of the median.
-    assert spike_limit([2.0] * 20, 10.0) == pytest.approx(2.2)
+    # Losses that do not differ: at least 1 % of the median; and of a loss of nearly nothing 0.2 nats.
+    assert spike_limit([4.0] * 20, 10.0) == pytest.approx(4.4)
+    assert spike_limit([0.01, 0.02] * 10, 10.0) == pytest.approx(0.215)
     # A spike among them moves it hardly; a mean and a standard deviation would hide the next one.
     after = [*recent, 1000.0]
     limit = spike_limit(after, 10.0)
