@@ -606,7 +606,7 @@ def test_a_step_that_may_be_too_much_is_told_before(folder: Path, monkeypatch: p
 def test_more_memory_than_the_machine_lends_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe.PeakMemory, "measured", lambda self, stage: 1e6)
     said = probed()
-    assert re.search(r"1e\+06 GiB \(predicted: 0\.\d+\)", said[-2])
+    assert re.search(r"1e\+06 GiB \(all of training, predicted: 0\.\d+\)", said[-2])
     assert said[-1].startswith("probes: this is more than the ")
     monkeypatch.setattr(probe.PeakMemory, "measured", lambda self, stage: None)
     said = probed()

@@ -154,7 +154,8 @@ class Probes:
         """A line on the step, its memory beside what was predicted."""
         gib, predicted = self.memory.measured("probes"), self.memory.predicted
         found["peak_gib"] = gib
-        took = "" if gib is None else f", {gib:.2g} GiB (predicted: {predicted.together:.2g})"
+        whole = f"all of training, predicted: {predicted.together:.2g}"
+        took = "" if gib is None else f", {gib:.2g} GiB ({whole})"
         losses = [f"{name} {value:.3f}" for name, value in found.get("losses", {}).items()]
         what = "  ".join(losses) or "by a model as large as the student that is to be cut out"
         self._say(
