@@ -245,6 +245,15 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+@each
+def test_tests_and_benchmarks_that_are_named_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for file, test in re.findall(r"\b(test_\w+\.py)(?:::(test_\w+))?", text):
+        assert f"def {test}" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
+    for file in re.findall(r"\bbenchmarks/(\w+\.py)", text):
+        assert (ROOT / "benchmarks" / file).exists(), file
+
+
 def test_every_loss_has_a_heading_and_its_options() -> None:
     from mlx_distill.losses.menu import MENU, SHARED
 
