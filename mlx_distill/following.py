@@ -92,7 +92,7 @@ class Following:
 
     def times(self) -> dict[str, Any]:
         try:
-            found = parse_object((self._folder / "times.json").read_bytes())
+            found = parse_object((self._folder / "times.json").read_bytes(), finite=True)
         except (OSError, ValueError):
             return {}
         return {name: seconds for name, seconds in found.items() if type(seconds) in (int, float)}

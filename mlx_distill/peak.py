@@ -64,7 +64,7 @@ class PeakMemory:
 def _measured(path: Path) -> dict[str, float | None]:
     """What earlier stages took, and those of the process before."""
     try:
-        found = parse_object(path.read_bytes()).get("measured_gib")
+        found = parse_object(path.read_bytes(), finite=True).get("measured_gib")
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

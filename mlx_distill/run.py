@@ -58,7 +58,7 @@ class Run:
         """
         path = self.folder / "stages.json"
         try:
-            found = parse_object(path.read_bytes())
+            found = parse_object(path.read_bytes(), finite=True)
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:

@@ -47,6 +47,13 @@ def test_stages_of_the_process_before_are_kept(tmp_path: Path) -> None:
     assert list(read(tmp_path)["measured_gib"]) == ["train", "evaluate"]
 
 
+def test_what_was_damaged_is_not_kept(tmp_path: Path) -> None:
+    (tmp_path / "memory.json").write_text('{"measured_gib": {"train": NaN}}', encoding="utf-8")
+    with PeakMemory(tmp_path, PREDICTED).of("evaluate"):
+        pass
+    assert list(read(tmp_path)["measured_gib"]) == ["evaluate"]
+
+
 def test_a_stage_that_failed_has_no_number(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no"), PeakMemory(tmp_path, PREDICTED).of("train"):
         raise ValueError("no")

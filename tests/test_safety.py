@@ -424,6 +424,7 @@ DAMAGED = [
     "[" * 9999,
     '{"train": 3}',
     '{"train": {"train_tokens": "x"}}',
+    '{"train": {"train_seconds": NaN}}',
     '{"a": {"models": 1}}',
 ]
 

@@ -29,7 +29,7 @@ class Parts:
         path = None if self.folder is None else self.folder / f"{name.replace('/', '-')}.json"
         if path is not None and path.exists():
             try:
-                known = parse_object(path.read_bytes())
+                known = parse_object(path.read_bytes(), finite=True)
             except ValueError:  # damaged: it is measured again
                 known = {}
             if known.get("key") == self.key and "found" in known:

@@ -37,7 +37,7 @@ class Probes:
     def __init__(self, work: Work, memory: PeakMemory):
         self.work, self.memory, self.path = work, memory, work.run.folder / FILE
         try:
-            self.found: dict[str, Any] = parse_object(self.path.read_bytes())
+            self.found: dict[str, Any] = parse_object(self.path.read_bytes(), finite=True)
         except (OSError, ValueError):
             self.found = {}
 
