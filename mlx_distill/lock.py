@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import RunFolderError
+from mlx_distill.plain_json import parse_object
 from mlx_distill.progress_file import is_alive, process
 
 LOCK = ".lock"
@@ -106,7 +107,6 @@ def _refusal(folder: Path, told: dict[str, Any]) -> str:
 def _told(descriptor: int) -> dict[str, Any]:
     """What the holder has written; {} where that cannot be read."""
     try:
-        found = json.loads(os.pread(descriptor, 4096, 0))
+        return parse_object(os.pread(descriptor, 4096, 0), finite=True)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}

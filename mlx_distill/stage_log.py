@@ -14,6 +14,7 @@ from mlx_distill.console import step_line
 from mlx_distill.counters import Counters
 from mlx_distill.errors import RunFolderError
 from mlx_distill.files import flush_path, write_text
+from mlx_distill.plain_json import parse_object
 from mlx_distill.recipe import Recipe
 from mlx_distill.resident import memory_in_use
 from mlx_distill.run import Run
@@ -147,7 +148,7 @@ class StageLog:
         # Not `splitlines`, which also splits at U+2028 and others that the name of a file may hold.
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
-                values = json.loads(line)
+                values = parse_object(line)
                 other = values["stage"] != self.stage or values["step"] <= step
             except (ValueError, KeyError, TypeError):
                 continue  # the line that a kill cut off

@@ -1,10 +1,11 @@
 """How long an earlier run of the same recipe took, as its folder tells."""
 
-import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeGuard
 
 from mlx_distill.layout import FINGERPRINT
+from mlx_distill.plain_json import parse_object
 
 
 class Timed(NamedTuple):
@@ -22,11 +23,10 @@ class Timed(NamedTuple):
                 return None
             lines = _objects(folder / "metrics.jsonl")
             times = folder / "times.json"
-            stages = json.loads(times.read_bytes()) if times.exists() else {}
+            stages = parse_object(times.read_bytes(), finite=True) if times.exists() else {}
         except (OSError, ValueError):
             return None
-        told = stages.items() if isinstance(stages, dict) else []
-        took = {name: float(seconds) for name, seconds in told if _is_number(seconds)}
+        took = {name: float(seconds) for name, seconds in stages.items() if _is_number(seconds)}
         for line in reversed(lines):
             step, seconds = line.get("step"), line.get("seconds")
             if line.get("stage") == "student" and type(step) is int and step > 0 and _is_number(seconds):
@@ -37,13 +37,10 @@ class Timed(NamedTuple):
 def _objects(path: Path) -> list[dict[str, Any]]:
     """The objects of a file, one a line; a line that a kill cut off is none."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            found.append(value)
+    # Not `splitlines`, which also splits at U+2028 and others that the name of a file may hold.
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with suppress(ValueError):
+            found.append(parse_object(line, finite=True))
     return found
 
 

@@ -36,13 +36,14 @@ def test_metrics_of_steps_that_are_taken_again_are_dropped(log: StageLog, tmp_pa
         {"step": step, "stage": stage, "loss": 1.0} for step in (1, 2, 3) for stage in ("student", "baseline")
     ]
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "sta', encoding="utf-8")
+    broken = "[" * 99999 + "\n" + '{"step": 4, "sta'
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + broken, encoding="utf-8")
     save_and_restore(log, 2)
     kept = [
         (line["stage"], line["step"])
         for line in map(json.loads, path.read_text(encoding="utf-8").splitlines())
     ]
-    # The other stage's lines, and those up to the checkpoint; the line that a kill cut off is gone.
+    # The other stage's lines, and those up to the checkpoint; what a kill or a drive has damaged is gone.
     assert kept == [("student", 1), ("baseline", 1), ("student", 2), ("baseline", 2), ("baseline", 3)]
 
 
