@@ -29,7 +29,7 @@ from mlx_distill.diagnosis import (
 from mlx_distill.errors import Diverged, Stopped
 from mlx_distill.options import Train
 from mlx_distill.recipe import Recipe
-from mlx_distill.resident import memory_in_use
+from mlx_distill.resident import KEPT, memory_in_use
 from mlx_distill.self_teacher import Average
 from mlx_distill.stage_log import StageLog
 
@@ -201,6 +201,8 @@ def limit_memory(options: Train) -> None:
     A quarter of it may be memory that was freed and is kept for reuse. The wired limit stays as it is
     all through a run: raising it has brought down whole Macs (mlx#3186, mlx#3346).
     """
+    if mx.default_device() == mx.cpu:
+        mx.set_cache_limit(KEPT)  # MLX's own, 32 MiB, maps and unmaps memory at every step
     if options.memory_gib is not None:
         limit = int(options.memory_gib * 2**30)
         mx.set_memory_limit(limit)

@@ -103,8 +103,6 @@ def run(
             recipe, prepared.fingerprint, console, interrupts, resume=resume, overwrite=overwrite, root=root
         )
         stack.enter_context(nothing_left_before_a_stage(opened.folder))
-        if mx.default_device() == mx.cpu:
-            mx.set_cache_limit(2 << 30)  # the default of 32 MiB maps and unmaps memory at every step
         limit_memory(recipe.train)
         if again:
             opened.forget(set(STAGES[STAGES.index(upto) :]))

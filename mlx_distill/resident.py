@@ -1,4 +1,4 @@
-"""How much memory this process has in use."""
+"""How much memory this process has in use, and keeps."""
 
 import resource
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 
 GIB = 2**30
+KEPT = 2 << 30  # bytes of what was freed that the CPU's allocator keeps in a run; see `guards.limit_memory`
 
 
 def memory_in_use() -> tuple[str, float]:

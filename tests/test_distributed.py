@@ -237,8 +237,8 @@ def helped(monkeypatch: pytest.MonkeyPatch, folder: Path, pair: Pair, *overrides
     workshop.make(folder)
     monkeypatch.chdir(folder)
     limits: list[int] = []
-    monkeypatch.setattr(helping.mx, "set_memory_limit", limits.append)
-    monkeypatch.setattr(helping.mx, "set_cache_limit", lambda limit: limit)
+    monkeypatch.setattr(mx, "set_memory_limit", limits.append)
+    monkeypatch.setattr(mx, "set_cache_limit", lambda limit: limit)
     monkeypatch.setattr(helping.Forwarded, "caught", lambda self: nullcontext())  # this is no main thread
     mine, theirs = pair
     first, second = Ranks(0, 2, None, [mine]), Ranks(1, 2, None, [theirs], Watch(1, []))

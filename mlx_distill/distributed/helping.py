@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import yaml
 
 from mlx_distill import __version__
@@ -84,8 +83,6 @@ def help_out(ranks: Ranks, *, trust: bool = False) -> None:
     decided = recipes.decode(yaml.safe_load(ranks.from_first(lambda: None)))  # its memory decided, not ours
     prepared = prepare(decided, trust=trust)
     agree(ranks, prepared)
-    if mx.default_device() == mx.cpu:
-        mx.set_cache_limit(2 << 30)
     limit_memory(decided.train)
     folder = Path(tempfile.mkdtemp(prefix=f"mlx-distill-rank-{ranks.rank}-"))
     ranks.watch.last_words = lambda why: shutil.rmtree(folder, ignore_errors=True)

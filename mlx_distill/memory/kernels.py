@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-KEPT = 2 << 30  # bytes that the CPU's allocator keeps of what was freed; see `pipeline.run`
+from mlx_distill.resident import KEPT
 
 
 class Kernels(NamedTuple):
